@@ -1,0 +1,1011 @@
+# SPDX-License-Identifier: MIT
+"""LoopITR (arXiv 2203.05465) in one file: a dual and a cross encoder that teach each other.
+
+    image -> image encoder --+--> [CLS] -> projection --.
+                             |                          dot product = dual score (one vector each)
+    text  -> text encoder ---+--> [CLS] -> projection --'    |                          ^
+                             |                   hard negatives of the batch       distillation
+                             |                               v                          |
+                             '-- tokens --> cross encoder over the same 1 + m candidates: match score
+
+One turn of the loop, in `loop_losses`: (1) dual scores of all pairs of the batch, contrastive loss;
+(2) they pick m hard negatives per image and per text; (3) the cross encoder learns to tell the true
+pair from them; (4) its scores of the same candidates are distilled back into the dual scores.
+
+    python loopitr.py --train                                        # toy scenes, laptop, no download
+    python loopitr.py --data flickr30k --train                       # full size, one GPU
+    python loopitr.py --evaluate --checkpoint runs/toy/best.pt --rerank all
+
+Left out: masked language modelling, momentum copies and queues (ALBEF's pre-training needs them,
+retrieval does not). Ours, because the paper's text does not settle it: the formula, weight,
+temperature and warm-up of the distillation, m, and the recipe, which is ALBEF's. No public code
+of the paper exists.
+
+Shapes: B images of a batch (or rows), T texts, P pairs, I images of a gallery, N image tokens,
+L text tokens, V text tokens without padding, D width, E embedding, Q queries, C candidates,
+m hard negatives per query.
+"""
+import argparse
+import contextlib
+import functools
+import inspect
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """Something the user can mend; `main` prints it as one line and exits with code 2."""
+
+
+# -------------------------------------------------------------------------------------------------
+# Data
+
+
+class Record(NamedTuple):
+    """One image with its captions; everything after `load_captions` sees only this form."""
+    image: str
+    captions: list
+    split: str  # train, val or test
+
+
+def load_captions(path, images=None):
+    """Read a captions file in either of the two forms found in the wild into a list of Records.
+
+    Karpathy's: {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}, ...]}, ...]}.
+    ALBEF's and BLIP's rows: [{"image", "caption": string or list}, ...], one file per split, whose
+    name contains train, val or test; rows of one image are joined.
+    `images` is the folder that image paths start from (default: the folder of `path`).
+    Raises InputError for a missing file, an unknown form or a blank caption.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"captions file {path} does not exist") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"captions file {path} is empty or not JSON: {error}") from None
+    images = Path(images) if images else Path(path).parent
+    captions, split_of = {}, {}
+    try:
+        if isinstance(content, dict):
+            for entry in content["images"]:
+                name = str(images / entry.get("filepath", "") / entry["filename"])
+                captions.setdefault(name, []).extend(s["raw"].strip() for s in entry["sentences"])
+                split_of[name] = entry["split"].replace("restval", "train")
+        else:
+            split, = set(re.findall("train|val|test", Path(path).stem)) or {"?"}
+            for row in content:
+                texts = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
+                name = str(images / row["image"])
+                captions.setdefault(name, []).extend(text.strip() for text in texts)
+                split_of[name] = split
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise InputError(
+            f"{path} is of an unknown form; read are Karpathy's {{'images': [{{'filename', 'split', "
+            "'sentences': [{'raw'}]}]} and ALBEF's rows [{'image', 'caption'}] in one file per "
+            "split, named *train*, *val* or *test*") from None
+    blank = [name for name, texts in captions.items() if not texts or not all(texts)]
+    if blank:
+        raise InputError(f"{path}: {len(blank)} images have a blank caption or none, "
+                         f"such as {blank[0]}; fill or remove them")
+    return [Record(name, texts, split_of[name]) for name, texts in captions.items()]
+
+
+def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2, seed=0):
+    """Draw scenes of three objects on a 3 x 3 grid, with captions of how two of them lie.
+
+    Relations are what one vector per image finds hard and cross-attention finds easy. Writes PNGs,
+    two small model configurations without weights and, last, `captions.json` in Karpathy's form,
+    whose path is returned. Nothing is drawn again when that file is there.
+    """
+    folder = Path(folder)
+    target = folder / "captions.json"
+    if target.exists():
+        return target
+    shapes = ("circle", "square", "triangle", "diamond", "cross", "ring")
+    colours = ("red", "green", "blue", "yellow", "purple", "orange", "white", "cyan")
+    radii = {"small": 4, "large": 7}  # pixels; a cell is 16 wide, the patch of the image encoder
+    relations = (("left of", (1, 0)), ("right of", (-1, 0)), ("above", (0, 1)), ("below", (0, -1)))
+    rng = random.Random(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number in tqdm(range(train + val + test), desc="drawing toy scenes"):
+        canvas = Image.new("RGB", (48, 48), (40, 40, 40))
+        cells = rng.sample([(x, y) for x in range(3) for y in range(3)], 3)
+        scene = [(cell, rng.choice(list(radii)), rng.choice(colours), rng.choice(shapes))
+                 for cell in cells]
+        for (x, y), size, colour, shape in scene:
+            draw_shape(ImageDraw.Draw(canvas), 16 * x + 8, 16 * y + 8, radii[size], colour, shape)
+        canvas.save(folder / "images" / f"{number:05d}.png")
+        facts = [f"a {' '.join(a[1:])} {word} a {' '.join(b[1:])}"
+                 for a in scene for b in scene for word, (dx, dy) in relations
+                 if (b[0][0] - a[0][0]) * dx > 0 or (b[0][1] - a[0][1]) * dy > 0]
+        split = "train" if number < train else "val" if number < train + val else "test"
+        entries.append({"filename": f"images/{number:05d}.png", "split": split, "sentences":
+                        [{"raw": fact} for fact in rng.sample(facts, captions_per_image)]})
+    words = sorted({w for e in entries for s in e["sentences"] for w in s["raw"].split()})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    small = dict(hidden_size=128, num_attention_heads=4, intermediate_size=512)
+    transformers.ViTConfig(num_hidden_layers=2, image_size=48, patch_size=16,
+                           **small).save_pretrained(folder / "image-model")
+    transformers.BertConfig(num_hidden_layers=4, vocab_size=len(vocabulary), **small,
+                            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                            ).save_pretrained(folder / "text-model")
+    (folder / "text-model" / "vocab.txt").write_text("\n".join(vocabulary))
+    target.with_suffix(".part").write_text(json.dumps({"images": entries, "dataset": "toy"}))
+    os.replace(target.with_suffix(".part"), target)
+    return target
+
+
+def draw_shape(draw, x, y, r, colour, shape):
+    """Draw one object of radius r pixels around (x, y)."""
+    box = (x - r, y - r, x + r - 1, y + r - 1)
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "ring":
+        draw.ellipse(box, outline=colour, width=2)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(x, y - r), (x + r - 1, y + r - 1), (x - r, y + r - 1)], fill=colour)
+    elif shape == "diamond":
+        draw.polygon([(x, y - r), (x + r - 1, y), (x, y + r - 1), (x - r, y)], fill=colour)
+    else:
+        draw.line([(x - r, y), (x + r - 1, y)], fill=colour, width=3)
+        draw.line([(x, y - r), (x, y + r - 1)], fill=colour, width=3)
+
+
+def image_transform(size, mean, std, augment=False):
+    """PIL image -> float tensor (3, size, size). Augmentation: ALBEF's, with torchvision's own
+    RandAugment (ALBEF's list of operations is shorter: no colour changes)."""
+    bicubic = InterpolationMode.BICUBIC
+    steps = ([v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
+              v2.RandomHorizontalFlip(), v2.RandAugment(num_ops=2, magnitude=7)] if augment
+             else [v2.Resize((size, size), interpolation=bicubic)])
+    return v2.Compose([*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+                       v2.Normalize(mean, std)])
+
+
+class Images(Dataset):
+    """Item i is the transformed image of records[i]. Raises InputError naming an unreadable file."""
+
+    def __init__(self, records, transform):
+        self.records, self.transform = records, transform
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        try:
+            with Image.open(self.records[i].image) as image:
+                return self.transform(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"cannot read image {self.records[i].image}: {error}") from None
+
+
+class Pairs(Dataset):
+    """Item i is the i-th caption with its image: (pixels, caption, record number).
+
+    Each item draws its augmentation from a seed of its own, so that it depends neither on the
+    number of workers nor on whether the run was interrupted before it.
+    """
+
+    def __init__(self, records, images, seed):
+        self.captions = [(number, text) for number, r in enumerate(records) for text in r.captions]
+        self.images, self.seed = images, seed
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, i):
+        number, caption = self.captions[i]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * len(self) + i)
+            return self.images[number], caption, number
+
+
+def collate_pairs(items, tokenizer):
+    """-> pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,)."""
+    pixels, captions, numbers = zip(*items)
+    text = tokenize(tokenizer, captions)
+    return torch.stack(pixels), text["input_ids"], text["attention_mask"], torch.tensor(numbers)
+
+
+def tokenize(tokenizer, captions):
+    """Tokenise, padded to the longest caption; at most 30 tokens, as in ALBEF."""
+    return tokenizer(list(captions), padding=True, truncation=True, max_length=30,
+                     return_tensors="pt")
+
+
+# -------------------------------------------------------------------------------------------------
+# Model
+
+
+class Attention(nn.Module):
+    """Multi-head attention over packed text tokens, with BERT's residual and norm after it.
+
+    Tokens travel without padding, as one long list (V,D); only here they are laid out in rows that
+    attend together. In self-attention a row is the text of one pair. In cross-attention a row is
+    one image with ALL texts paired with it as one long query: its keys and values are projected
+    once, however many texts share it, and never copied per pair.
+    """
+
+    def __init__(self, width, memory_width, heads, dropout, eps):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(memory_width, width)
+        self.value = nn.Linear(memory_width, width)
+        self.output = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x, slots, rows, columns, mask=None, memory=None):
+        """x (V,D), slots (V,) = row * columns + column of each token, mask (rows,columns) of
+        tokens that are there, memory (rows,N,D) or None for self-attention -> (V,D)."""
+        def lay_out(t):
+            return t.new_zeros(rows * columns, t.shape[1]).index_copy(0, slots, t).unflatten(
+                0, (rows, columns))
+
+        query, source = lay_out(self.query(x)), x if memory is None else memory
+        key, value = self.key(source), self.value(source)
+        if memory is None:
+            key, value = lay_out(key), lay_out(value)
+        query, key, value = (t.unflatten(2, (self.heads, -1)).transpose(1, 2)
+                             for t in (query, key, value))
+        mask = mask[:, None, None, :] if mask is not None else None
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = attended.transpose(1, 2).flatten(2).flatten(0, 1)[slots]
+        return self.norm(x + self.dropout(self.output(attended)))
+
+
+class CrossLayer(nn.Module):
+    """BERT layer with cross-attention between self-attention and feed-forward (ALBEF)."""
+
+    def __init__(self, config, image_width):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        heads, dropout = config.num_attention_heads, config.hidden_dropout_prob
+        self.self_attention = Attention(width, width, heads, dropout, eps)
+        self.cross_attention = Attention(width, image_width, heads, dropout, eps)
+        self.up = nn.Linear(width, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x, text_layout, image_layout):
+        x = self.self_attention(x, **text_layout)
+        x = self.cross_attention(x, **image_layout)
+        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+
+
+class LoopITR(nn.Module):
+    """The shared network: image encoder, text encoder, their projections, and the cross encoder.
+
+    image_encoder: transformers vision model, [CLS] first; text_encoder: BertModel, whose layers
+    from `text_layers` on are moved to the cross encoder (ALBEF's split of one BERT).
+    """
+
+    def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, temperature=0.07):
+        super().__init__()
+        bert, image_width = text_encoder.config, image_encoder.config.hidden_size
+        upper = text_encoder.encoder.layer[text_layers:]
+        text_encoder.encoder.layer = text_encoder.encoder.layer[:text_layers]
+        image_encoder.pooler = text_encoder.pooler = None  # [CLS] is projected as it is
+        self.image_encoder, self.text_encoder = image_encoder, text_encoder
+        self.image_projection = nn.Linear(image_width, embedding)
+        self.text_projection = nn.Linear(bert.hidden_size, embedding)
+        self.cross_encoder = nn.ModuleList(CrossLayer(bert, image_width) for _ in upper)
+        for layer, source in zip(self.cross_encoder, upper):
+            layer.load_state_dict({rename_bert_layer(name): tensor for name, tensor
+                                   in source.state_dict().items()}, strict=False)
+        self.match_head = nn.Linear(bert.hidden_size, 1)
+        # Learned as a logarithm, so that it stays positive without clamping.
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    @property
+    def temperature(self):
+        """Scalar tensor; dual logits are embedding @ embedding.T / temperature."""
+        return self.log_temperature.exp()
+
+    def encode_image(self, pixels):
+        """pixels (B,3,H,W) -> tokens (B,N,D), unit embedding (B,E). Takes tokens too, as they are:
+        those of a frozen encoder are computed once."""
+        tokens = pixels
+        if pixels.ndim == 4:
+            # Position embeddings are resized at each pass, where the model can do so when asked;
+            # DINOv2 does it unasked.
+            resize = "interpolate_pos_encoding"
+            can = resize in inspect.signature(self.image_encoder.forward).parameters
+            tokens = self.image_encoder(pixels, **{resize: True} if can else {}).last_hidden_state
+        return tokens, F.normalize(self.image_projection(tokens[:, 0]).float(), dim=-1)
+
+    def encode_text(self, input_ids, attention_mask):
+        """input_ids (B,L), attention_mask (B,L) -> tokens (B,L,D), unit embedding (B,E)."""
+        tokens = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        return tokens, F.normalize(self.text_projection(tokens[:, 0]).float(), dim=-1)
+
+    def match(self, image_tokens, text_tokens, attention_mask, image_index, text_index):
+        """Cross encoder: match logits (P,), the log-odds that each pair belongs together.
+
+        image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L); pair p is image
+        image_index[p] with text text_index[p]. Pairs may come in any order and number.
+        """
+        order = image_index.argsort(stable=True)  # texts of one image side by side
+        image_index, text_index = image_index[order], text_index[order]
+        mask = attention_mask[text_index].bool()
+        text_slots = mask.flatten().nonzero().squeeze(1)
+        x = text_tokens[text_index].flatten(0, 1)[text_slots].float()
+        row = image_index[text_slots // mask.shape[1]]
+        tokens_of = torch.bincount(row, minlength=len(image_tokens))
+        column = torch.arange(len(row), device=row.device) - (tokens_of.cumsum(0) - tokens_of)[row]
+        longest = int(tokens_of.max())
+        text_layout = dict(slots=text_slots, rows=mask.shape[0], columns=mask.shape[1], mask=mask)
+        image_layout = dict(slots=row * longest + column, rows=len(image_tokens), columns=longest,
+                            memory=image_tokens.float())
+        for layer in self.cross_encoder:
+            x = layer(x, text_layout, image_layout)
+        first = mask.sum(1).cumsum(0) - mask.sum(1)  # where the [CLS] of each pair stands in x
+        logits = self.match_head(x[first]).squeeze(1).float()
+        return logits[order.argsort()]
+
+
+def rename_bert_layer(name):
+    """BERT's (and ALBEF's) name of a tensor in one layer -> its name in CrossLayer."""
+    for pattern, ours in ((r"\bcrossattention\.", "cross_attention."),
+                          (r"\battention\.", "self_attention."),
+                          (r"attention\.self\.", "attention."),
+                          (r"attention\.output\.dense", "attention.output"),
+                          (r"attention\.output\.LayerNorm", "attention.norm"),
+                          (r"^intermediate\.dense", "up"),
+                          (r"^output\.dense", "down"),
+                          (r"^output\.LayerNorm", "norm")):
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def build_model(image_model, text_model, text_layers, embedding=256, temperature=0.07,
+                from_scratch=False):
+    """-> LoopITR, tokenizer, pixel mean and std. Names of a hub or local folders, as in
+    transformers; `from_scratch` reads only the configurations and starts from random weights."""
+    try:
+        encoders = [transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(m))
+                    if from_scratch else transformers.AutoModel.from_pretrained(m)
+                    for m in (image_model, text_model)]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(text_model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load {image_model} and {text_model}: "
+                         f"{str(error).splitlines()[0]}") from None
+    if not 0 < text_layers < encoders[1].config.num_hidden_layers:
+        raise InputError(f"--text-layers {text_layers}: {text_model} has "
+                         f"{encoders[1].config.num_hidden_layers} layers, and both the text and "
+                         "the cross encoder need at least one")
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(image_model)
+        mean, std = processor.image_mean, processor.image_std
+    except (OSError, ValueError):  # a folder without preprocessor_config.json: ImageNet's figures
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    model = LoopITR(*encoders, text_layers, embedding, temperature).float()
+    return model, tokenizer, (mean, std)
+
+
+# -------------------------------------------------------------------------------------------------
+# Hard negatives
+
+
+def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="softmax"):
+    """Per query, num_negatives distinct candidates that are not positives: indices (Q,m).
+
+    similarity (Q,C): dual logits; is_positive (Q,C): bool. strategy: "softmax" draws without
+    replacement from softmax(similarity) over the negatives (ALBEF), "topk" takes the hardest,
+    "random" any. When a query has fewer negatives than asked for (one image in the batch: none),
+    all queries get only as many, so that none ever gets a positive.
+    """
+    with torch.no_grad():
+        # The largest of logits plus Gumbel noise are an exact draw without replacement from their
+        # softmax, and cannot underflow at low temperatures as probabilities would.
+        noise = -torch.empty_like(similarity, dtype=torch.float32).exponential_().log()
+        scores = {"softmax": similarity + noise, "topk": similarity, "random": noise}[strategy]
+        # Masked before anything is drawn: an epsilon afterwards would still let positives in.
+        scores = scores.masked_fill(is_positive, -math.inf)
+        fewest = int((~is_positive).sum(1).min())
+        return scores.topk(min(num_negatives, fewest), dim=1).indices
+
+
+# -------------------------------------------------------------------------------------------------
+# Losses
+
+
+def contrastive_loss(logits, is_positive):
+    """Softmax cross-entropy, both directions, targets spread evenly over a query's positives.
+
+    logits (B,T): dual logits; is_positive (B,T): bool -> scalar. Source: ITC of ALBEF, without
+    momentum targets.
+    """
+    def one_way(logits, targets):
+        targets = targets / targets.sum(1, keepdim=True)
+        return -(targets * logits.log_softmax(1)).sum(1).mean()
+
+    return (one_way(logits, is_positive.float()) + one_way(logits.T, is_positive.T.float())) / 2
+
+
+def matching_loss(logits, labels):
+    """Binary cross-entropy of match logits (P,) against labels (P,), mean over pairs (ITM)."""
+    return F.binary_cross_entropy_with_logits(logits, labels.float())
+
+
+def distillation_loss(student, teacher, objective="kl", temperature=1.0):
+    """Teach the dual logits what the cross encoder thinks of the same candidates.
+
+    student, teacher (Q,1+m): logits, column 0 the positive -> scalar, mean over queries. The
+    teacher's are divided by `temperature` and detached: the student must not teach its teacher.
+    """
+    teacher = teacher.detach() / temperature
+    if student.shape[1] == 1:  # no negatives, nothing to compare
+        return student.sum() * 0
+    if objective == "kl":  # KL(softmax(teacher) || softmax(student)), Hinton et al., 1503.02531
+        return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+    if objective == "mse":  # rows centred, since adding a constant to logits means nothing
+        return F.mse_loss(student - student.mean(1, keepdim=True),
+                          teacher - teacher.mean(1, keepdim=True))
+    if objective == "margin":  # Margin-MSE, 2010.02666: how far each negative lies behind
+        return F.mse_loss(student[:, :1] - student[:, 1:], teacher[:, :1] - teacher[:, 1:])
+    if objective == "rank":  # only the order of the negatives, in the spirit of CPRD, 2407.07479
+        ranked = student[:, 1:].gather(1, teacher[:, 1:].argsort(1, descending=True))
+        # -log of the product over j of exp(d_j) / sum_{k >= j} exp(d_k)
+        return (ranked.flip(1).logcumsumexp(1).flip(1) - ranked).sum(1).mean()
+    raise ValueError(f"unknown distillation objective {objective!r}")
+
+
+# -------------------------------------------------------------------------------------------------
+# Training
+
+
+def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", temperature=1.0,
+                use_cross=True):
+    """One turn of the loop on one batch -> dict of scalars: the three losses and two recalls."""
+    pixels, input_ids, attention_mask, image_ids = batch
+    image_tokens, image_embedding = model.encode_image(pixels)
+    text_tokens, text_embedding = model.encode_text(input_ids, attention_mask)
+    similarity = image_embedding @ text_embedding.T / model.temperature
+    # The image decides: another caption of the same image is a positive, not a negative.
+    is_positive = image_ids[:, None] == image_ids[None, :]
+    losses = {"contrastive": contrastive_loss(similarity, is_positive)}
+    hit = is_positive.gather(1, similarity.argmax(1, keepdim=True))
+    losses["dual_recall"] = hit.float().mean()
+    if not use_cross:
+        return losses
+
+    # Dual -> cross: candidates (B,1+m) of each image and of each text, column 0 its own partner.
+    own = torch.arange(len(image_ids), device=image_ids.device)
+    hard_texts = sample_hard_negatives(similarity, is_positive, negatives, sampling)
+    hard_images = sample_hard_negatives(similarity.T, is_positive.T, negatives, sampling)
+    m = hard_texts.shape[1]
+    # The true pairs are scored once and serve both directions.
+    image_index = torch.cat([own, own.repeat_interleave(m), hard_images.flatten()])
+    text_index = torch.cat([own, hard_texts.flatten(), own.repeat_interleave(m)])
+    logits = model.match(image_tokens, text_tokens, attention_mask, image_index, text_index)
+    losses["matching"] = matching_loss(logits, is_positive[image_index, text_index])
+
+    # Cross -> dual: the same candidates, scored by both.
+    true, image_side, text_side = logits.split([len(own), len(own) * m, len(own) * m])
+    teacher = torch.cat([true.repeat(2)[:, None],
+                         torch.cat([image_side, text_side]).view(2 * len(own), m)], dim=1)
+    student = torch.cat([similarity.gather(1, torch.cat([own[:, None], hard_texts], 1)),
+                         similarity.T.gather(1, torch.cat([own[:, None], hard_images], 1))])
+    losses["distillation"] = distillation_loss(student, teacher, objective, temperature)
+    losses["cross_recall"] = (true.repeat(2)[:, None] > teacher[:, 1:]).all(1).float().mean()
+    return losses
+
+
+def training_batches(pairs, tokenizer, batch_size, seed, epoch, skip, workers):
+    """DataLoader over one epoch's batches from number `skip` on, shuffled by seed and epoch only,
+    so that a resumed run meets the same batches. The last, incomplete batch is dropped."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    order = torch.randperm(len(pairs), generator=generator)
+    batches = [b.tolist() for b in order.split(batch_size) if len(b) == batch_size]
+    return DataLoader(pairs, batch_sampler=batches[skip:], num_workers=workers, pin_memory=False,
+                      collate_fn=functools.partial(collate_pairs, tokenizer=tokenizer),
+                      worker_init_fn=ignore_interrupt)
+
+
+def ignore_interrupt(worker_id):
+    """Ctrl-C reaches worker processes too; only the main process should answer it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_optimizer(model, args, total_steps):
+    """AdamW and a cosine schedule from lr to lr / 10 after a linear warm-up, as in ALBEF. Weights
+    decay, biases and norms do not. Parts that no checkpoint holds learn at --fresh-lr."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        fresh = re.search("cross_attention|projection|match_head|temperature", name)
+        key = (args.fresh_lr if fresh else args.lr, args.weight_decay if parameter.ndim > 1 else 0)
+        if parameter.requires_grad:
+            groups.setdefault(key, []).append(parameter)
+    optimizer = torch.optim.AdamW([{"params": p, "lr": lr, "weight_decay": decay}
+                                   for (lr, decay), p in groups.items()])
+
+    def factor(step):
+        cosine = 0.5 + 0.5 * math.cos(math.pi * min(step / total_steps, 1))
+        return min((step + 1) / args.warmup_steps, 0.1 + 0.9 * cosine)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def save_checkpoint(path, **content):
+    """Write to a temporary file and rename, so that a crash never leaves half a checkpoint."""
+    torch.save({"format": "loopitr", **content}, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def load_checkpoint(path):
+    """-> what save_checkpoint was given, on the CPU. Nothing is unpickled but tensors and plain
+    values. Raises InputError when the file is missing or not ours."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] == "loopitr":
+            return content
+    except FileNotFoundError:
+        raise InputError(f"checkpoint {path} does not exist; train first") from None
+    except Exception:  # torch.load raises many kinds on a foreign file
+        pass
+    raise InputError(f"{path} is not a checkpoint of loopitr.py")
+
+
+def load_weights(model, state, path):
+    """Fill the model from a checkpoint's tensors; InputError when they do not fit."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reasons = str(error).splitlines()
+        raise InputError(f"{path} does not fit this model: {reasons[1].strip()}") from None
+
+
+@contextlib.contextmanager
+def delayed_interrupt():
+    """Ctrl-C within fills the list instead of stopping a step half way."""
+    pressed = []
+    previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def training_step(model, batch, optimizer, scheduler, args, teach):
+    """One optimiser step -> loop_losses' dict with the weighted sum under "loss"."""
+    device = model.log_temperature.device
+    batch = [part.to(device, non_blocking=True) for part in batch]
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        losses = loop_losses(model, batch, args.negatives, args.sampling, args.distill,
+                             args.distill_temperature, use_cross=args.matching_weight > 0)
+    weights = {"contrastive": args.contrastive_weight, "matching": args.matching_weight,
+               "distillation": args.distill_weight if teach else 0}
+    losses["loss"] = sum(weights[name] * losses[name] for name in weights if name in losses)
+    optimizer.zero_grad()
+    losses["loss"].backward()
+    optimizer.step()
+    scheduler.step()
+    return losses
+
+
+def train_epoch(model, batches, optimizer, scheduler, state, args, log):
+    """Run the batches, log every `args.log_every` steps, leave early on Ctrl-C (returns True)."""
+    model.train()
+    start, since = time.perf_counter(), state["step"]
+    with delayed_interrupt() as interrupted:
+        for batch in batches:
+            # An untrained teacher would teach noise: distillation waits.
+            teach = state["step"] >= args.distill_warmup * state["total_steps"]
+            losses = training_step(model, batch, optimizer, scheduler, args, teach)
+            state["step"] += 1
+            if state["step"] % args.log_every == 0:  # the only place that waits for the numbers
+                line = {name: round(float(value), 5) for name, value in losses.items()}
+                if not math.isfinite(line["loss"]):
+                    raise InputError(f"the loss is {line['loss']} at step {state['step']}: lower "
+                                     "--lr or --fresh-lr; the last good checkpoint is kept")
+                batches.set_postfix(line)
+                seconds = time.perf_counter() - start
+                write_line(log, step=state["step"], epoch=state["epoch"], **line,
+                           temperature=round(model.temperature.item(), 5),
+                           lr=scheduler.get_last_lr()[0],
+                           pairs_per_second=round((state["step"] - since) * len(batch[0]) / seconds, 1))
+                start, since = time.perf_counter(), state["step"]
+            if interrupted:
+                return True
+    return False
+
+
+def train(model, tokenizer, splits, transforms, args):
+    """Train, keeping last.pt (to resume) and best.pt (best re-ranked rsum on val) in args.output.
+
+    splits: {"train", "val"} -> Records; transforms: for training and for evaluation. Raises
+    InputError when the loss is no longer finite, KeyboardInterrupt after saving on Ctrl-C.
+    """
+    output = Path(args.output)
+    images = Images(splits["train"], transforms[0])
+    if args.freeze_image:
+        model.image_encoder.requires_grad_(False)
+        images = encode_images(model, Images(splits["train"], transforms[1]), args.workers)[0]
+    pairs = Pairs(splits["train"], images, args.seed)
+    per_epoch = len(pairs) // args.batch_size
+    state = {"step": 0, "epoch": 0, "best": -1.0, "total_steps": per_epoch * args.epochs}
+    optimizer, scheduler = make_optimizer(model, args, state["total_steps"])
+    if args.resume:
+        state = resume(output, model, optimizer, scheduler)
+    log = open(output / "log.jsonl", "a", buffering=1)
+    for epoch in range(state["epoch"], args.epochs):
+        state["epoch"] = epoch
+        skip = state["step"] - epoch * per_epoch
+        loader = training_batches(pairs, tokenizer, args.batch_size, args.seed, epoch, skip,
+                                  args.workers)
+        bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", per_epoch, initial=skip,
+                   disable=None)
+        interrupted = train_epoch(model, bar, optimizer, scheduler, state, args, log)
+        save_checkpoint(output / "last.pt", model=model.state_dict(), state=state,
+                        optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+                        rng=torch.get_rng_state(), args=vars(args))
+        if interrupted:
+            raise KeyboardInterrupt
+        result = evaluate(model, tokenizer, splits["val"], transforms[1], args)[0]
+        write_line(log, split="val", step=state["step"], epoch=epoch, **result)
+        tqdm.write(f"epoch {epoch + 1}: val dual rsum {result['dual']['rsum']:.1f}, "
+                   f"re-ranked {result['cross']['rsum']:.1f}")
+        if result["cross"]["rsum"] > state["best"]:  # the first of equals
+            state["best"] = result["cross"]["rsum"]
+            save_checkpoint(output / "best.pt", model=model.state_dict(), val=result,
+                            args=vars(args), state=state)
+
+
+def resume(output, model, optimizer, scheduler):
+    """Continue from last.pt: fill model, optimiser, scheduler and RNG; cut the log back to the
+    checkpoint's step; -> the training state (step, epoch, best, total_steps)."""
+    checkpoint = load_checkpoint(output / "last.pt")
+    load_weights(model, checkpoint["model"], output / "last.pt")
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scheduler.load_state_dict(checkpoint["scheduler"])
+    torch.set_rng_state(checkpoint["rng"])
+    lines = (output / "log.jsonl").read_text().splitlines(keepends=True)
+    (output / "log.jsonl").write_text("".join(
+        line for line in lines if json.loads(line)["step"] <= checkpoint["state"]["step"]))
+    return checkpoint["state"]
+
+
+def write_line(log, **values):
+    """Append one JSON object to the log."""
+    log.write(json.dumps(values) + "\n")
+
+
+# -------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def recall_at_k(scores, image_of_text, ks=(1, 5, 10)):
+    """Recall in percent: TR@k, image to text, a hit if any caption of the image is among the top
+    k; IR@k, text to image; rsum, their sum.
+
+    scores (I,T), image_of_text (T,): the image each text belongs to -> dict. A wrong candidate
+    that ties with the best right one, or is not a number, counts as ahead of it, so that a
+    constant scorer gets no credit. Images without captions ask no question.
+    """
+    image_of_text = image_of_text.to(scores.device)
+    right = image_of_text[None, :] == torch.arange(len(scores), device=scores.device)[:, None]
+
+    def ranks(scores, right):
+        best = scores.masked_fill(~right, -math.inf).amax(1, keepdim=True)
+        return (~(scores < best) & ~right).sum(1)[right.any(1)]
+
+    result = {f"{name}@{k}": 100 * (rank < k).float().mean().item()
+              for name, rank in (("TR", ranks(scores, right)), ("IR", ranks(scores.T, right.T)))
+              for k in ks}
+    return {**result, "rsum": sum(result.values())}
+
+
+@torch.no_grad()
+def encode_images(model, images, workers=0, batch_size=64):
+    """-> tokens (I,N,D) on the CPU in half precision, embeddings (I,E). COCO's 5,000 test images
+    at 384 px take 5000 * 577 * 768 * 2 bytes = 4.1 GiB."""
+    model.eval()
+    tokens, embeddings = [], []
+    for pixels in tqdm(DataLoader(images, batch_size, num_workers=workers), "images", leave=False,
+                       disable=None):
+        batch_tokens, embedding = model.encode_image(pixels.to(model.log_temperature.device))
+        tokens.append(batch_tokens.half().cpu())
+        embeddings.append(embedding)
+    return torch.cat(tokens), torch.cat(embeddings)
+
+
+@torch.no_grad()
+def encode_texts(model, tokenizer, captions, batch_size=256):
+    """-> tokens (T,L,D) in half precision, attention mask (T,L), embeddings (T,E)."""
+    model.eval()
+    text = tokenize(tokenizer, captions).to(model.log_temperature.device)
+    tokens, embeddings = zip(*(
+        model.encode_text(*part) for part in zip(text["input_ids"].split(batch_size),
+                                                 text["attention_mask"].split(batch_size))))
+    return torch.cat([t.half() for t in tokens]), text["attention_mask"], torch.cat(embeddings)
+
+
+@torch.no_grad()
+def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, pairs_per_pass=2048):
+    """Cross encoder over the union of both directions' shortlists, each pair scored once.
+
+    image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L), dual_scores (I,T); the top k
+    texts of each image and the top k images of each text are taken (all, if k is larger).
+    -> scores (I,T) in double precision on the CPU: match logits on the shortlists, everything
+    else below them in dual order.
+    """
+    model.eval()
+    shortlisted = torch.zeros_like(dual_scores, dtype=torch.bool)
+    for dim in (0, 1):
+        top = dual_scores.topk(min(k, dual_scores.shape[dim]), dim=dim).indices
+        shortlisted.scatter_(dim, top, True)
+    pairs, logits = shortlisted.nonzero(), []  # sorted by image
+    for chunk in tqdm(pairs.split(pairs_per_pass), "re-ranking", leave=False, disable=None):
+        image_index, text_index = chunk.unbind(1)
+        first, last = image_index[0].item(), image_index[-1].item()
+        tokens = image_tokens[first:last + 1].to(text_tokens.device)
+        logits.append(model.match(tokens, text_tokens, attention_mask, image_index - first,
+                                  text_index))
+    logits = torch.cat(logits).cpu().double()
+    scores = dual_scores.cpu().double()
+    scores += logits.min() - scores.max() - 1
+    scores[shortlisted.cpu()] = logits
+    return scores
+
+
+def evaluate(model, tokenizer, records, transform, args):
+    """Both encoders' Recall@K on the records, the cross encoder re-ranking the dual's top k.
+
+    -> ({"images", "texts", "k", "dual": {..., "seconds"}, "cross": {..., "seconds"}},
+    dual scores (I,T), cross scores (I,T)). The cross encoder's seconds include the dual's.
+    """
+    captions = [text for record in records for text in record.captions]
+    image_of_text = torch.tensor([i for i, r in enumerate(records) for _ in r.captions])
+    k = max(len(records), len(captions))
+    k = k if args.rerank == "all" else min(k, int(args.rerank))
+    start = time.perf_counter()
+    with torch.autocast(model.log_temperature.device.type, torch.bfloat16, enabled=args.bf16):
+        image_tokens, images = encode_images(model, Images(records, transform), args.workers)
+        text_tokens, mask, texts = encode_texts(model, tokenizer, captions)
+        dual_scores = (images @ texts.T).float()
+        dual = recall_at_k(dual_scores, image_of_text)
+        dual["seconds"] = time.perf_counter() - start
+        cross_scores = rerank(model, image_tokens, text_tokens, mask, dual_scores, k)
+    cross = recall_at_k(cross_scores, image_of_text)
+    cross["seconds"] = time.perf_counter() - start
+    sizes = {"images": len(records), "texts": len(captions), "k": k}
+    return {**sizes, "dual": dual, "cross": cross}, dual_scores.cpu(), cross_scores
+
+
+def format_table(result):
+    """evaluate's result as the lines of a table, both encoders side by side."""
+    lines = [" " * 16 + "".join(f"{name:>8}" for name in result["dual"])]
+    for name in ("dual", "cross"):
+        numbers = "".join(f"{value:8.1f}" for value in result[name].values())
+        lines.append(f"{name + ' encoder':16}{numbers}")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------
+# Search
+
+
+def draw_retrieval(path, records, dual_scores, cross_scores, rows=6, columns=5, side=96):
+    """Picture of what re-ranking changed: for some captions whose first image it replaced, the
+    top images by dual (left) and by cross encoder (right), the right one framed green."""
+    captions = [(i, text) for i, record in enumerate(records) for text in record.captions]
+    tops = [scores.topk(min(columns, len(records)), dim=0).indices.T
+            for scores in (dual_scores, cross_scores)]
+    changed = (tops[0][:, 0] != tops[1][:, 0]).nonzero().squeeze(1).tolist()
+    right = torch.tensor([i for i, _ in captions])
+    better, worse = (((tops[a][:, 0] != right) & (tops[b][:, 0] == right)).sum().item()
+                     for a, b in ((0, 1), (1, 0)))
+    shown = changed[::max(1, len(changed) // rows)][:rows] or list(range(min(rows, len(captions))))
+    font, step = ImageFont.load_default(16), side + 8
+    canvas = Image.new("RGB", (2 * columns * step + 40, 60 + len(shown) * (step + 30)), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((8, 6), f"{len(captions)} test captions: re-ranking put the right image first in "
+              f"{better} where the dual encoder had not, and took it away in {worse}.", "black", font)
+    draw.text((8, 32), "dual encoder's top images", "black", font)
+    draw.text((columns * step + 32, 32), "after re-ranking by the cross encoder", "black", font)
+    for row, text in enumerate(shown):
+        y = 60 + row * (step + 30)
+        draw.text((8, y), captions[text][1], "black", font)
+        for half, top in enumerate(tops):
+            for column, i in enumerate(top[text].tolist()):
+                x = 8 + half * (columns * step + 24) + column * step
+                if i == captions[text][0]:
+                    draw.rectangle((x - 4, y + 20, x + side + 3, y + 27 + side), fill="limegreen")
+                with Image.open(records[i].image) as image:
+                    canvas.paste(image.convert("RGB").resize((side, side)), (x, y + 24))
+    canvas.save(path)
+
+
+# -------------------------------------------------------------------------------------------------
+# Main
+
+
+def parse_arguments(argv):
+    """The command line. What it leaves open comes from the checkpoint that is continued or
+    evaluated, else from the preset of the data set, else from the defaults below."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    # what to do
+    add("--train", action="store_true", help="train, then evaluate the best epoch on test")
+    add("--evaluate", action="store_true", help="evaluate --checkpoint on test")
+    add("--resume", action="store_true", help="continue the interrupted --train of --output")
+    add("--checkpoint", help="checkpoint of ours to evaluate")
+    # data
+    add("--data", nargs="+", default=["toy"], help="toy, flickr30k, coco, or captions file(s)")
+    add("--images", help="folder that image paths start from (default: the captions file's)")
+    add("--root", default="data", help="folder of the data sets")
+    add("--output", help="folder for checkpoints, log and picture (default: runs/DATA)")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True,
+        help="random crop, flip and RandAugment")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="image loading processes")
+    # model
+    add("--image-model", default="facebook/deit-base-patch16-224", help="transformers name or path")
+    add("--text-model", default="google-bert/bert-base-uncased", help="BERT, name or path")
+    add("--text-layers", type=int, default=6, help="BERT layers of the text encoder; the rest "
+        "start the cross encoder")
+    add("--image-size", type=int, default=384, help="pixels")
+    add("--embedding", type=int, default=256, help="size of the dual encoder's vectors")
+    add("--temperature", type=float, default=0.07, help="of the dual logits, at the start; learned")
+    add("--from-scratch", action="store_true", help="random weights in the backbones' shapes")
+    add("--freeze-image", action="store_true", help="keep the image encoder as it is and compute "
+        "its tokens once, without augmentation (LiT)")
+    # the loop
+    add("--negatives", type=int, default=4, help="hard negatives per image and per text (m)")
+    add("--sampling", choices=("softmax", "topk", "random"), default="softmax")
+    add("--distill", choices=("none", "kl", "mse", "margin", "rank"), default="kl")
+    add("--distill-weight", type=float, default=1.0)
+    add("--distill-temperature", type=float, default=1.0, help="divides the teacher's logits")
+    add("--distill-warmup", type=float, default=0.4, help="fraction of training before the "
+        "teacher teaches")
+    add("--contrastive-weight", type=float, default=1.0)
+    add("--matching-weight", type=float, default=1.0, help="0: no cross encoder in training")
+    # optimisation
+    add("--epochs", type=int, default=10)
+    add("--batch-size", type=int, default=256, help="captions with their images")
+    add("--lr", type=float, default=1e-5, help="peak learning rate of pre-trained parts")
+    add("--fresh-lr", type=float, default=1e-4, help="of parts that no checkpoint holds")
+    add("--warmup-steps", type=int, default=100)
+    add("--weight-decay", type=float, default=0.02)
+    add("--seed", type=int, default=0)
+    add("--log-every", type=int, default=10, help="steps")
+    # evaluation
+    add("--rerank", default="16", help="shortlist of the cross encoder, or all")
+    # machine
+    add("--device", help="default: CUDA, else MPS, else CPU")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: where "
+        "the device is fast at it)")
+    add("--compile", action="store_true", help="torch.compile the two backbones")
+    data = p.parse_args(argv).data[0]
+    p.set_defaults(**{"toy": dict(
+        image_model=f"{p.parse_args(argv).root}/toy/image-model", text_layers=2, image_size=48,
+        text_model=f"{p.parse_args(argv).root}/toy/text-model", from_scratch=True, augment=False,
+        epochs=8, batch_size=64, lr=1e-3, fresh_lr=1e-3, workers=0), "coco": dict(epochs=5),
+    }.get(data, {}), output=f"runs/{Path(data).stem}")
+    args = p.parse_args(argv)
+    if args.resume or args.evaluate:
+        path = args.checkpoint or Path(args.output) / ("last.pt" if args.resume else "best.pt")
+        stored = load_checkpoint(path)["args"]
+        here = ("train", "evaluate", "resume", "checkpoint", "device", "bf16", "workers", "output")
+        p.set_defaults(**{name: value for name, value in stored.items() if name not in here})
+        args = p.parse_args(argv)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args):
+    """Turn --rerank and --device into what the rest uses; InputError for what cannot work."""
+    if args.train == args.evaluate:
+        raise InputError("give one of --train and --evaluate")
+    if args.rerank != "all" and not (args.rerank.isdigit() and int(args.rerank) > 0):
+        raise InputError(f"--rerank {args.rerank}: give a number from 1 on, or all")
+    if not 1 <= args.negatives < args.batch_size:
+        raise InputError(f"--negatives {args.negatives}: a batch of {args.batch_size} allows "
+                         f"1 to {args.batch_size - 1}")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    args.device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
+    if args.bf16 is None:  # on a CPU without bf16 units autocast is several times slower
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
+        args.bf16 = (args.device.startswith("cuda") and torch.cuda.is_bf16_supported()
+                     or args.device == "cpu" and has_amx())
+
+
+def load_splits(args):
+    """-> {"train", "val", "test"} -> Records, as far as this run needs them. Raises InputError
+    when captions or images are missing, before anything is trained."""
+    data, folder, images = args.data[0], Path(args.root) / args.data[0], args.images
+    files = args.data
+    if data == "toy":
+        files = [make_toy_dataset(folder)]
+    elif data in ("flickr30k", "coco"):
+        rows = {"flickr30k": "flickr30k", "coco": "coco_karpathy"}[data]
+        files = [folder / f"dataset_{data}.json"]
+        pictures = folder / "flickr30k-images" if data == "flickr30k" else folder
+        if not files[0].exists():
+            files, pictures = [folder / f"{rows}_{s}.json" for s in ("train", "val", "test")], folder
+        images = images or pictures
+        if not all(file.exists() for file in files):
+            raise InputError(f"{data} is not in {folder}: put dataset_{data}.json (Karpathy) or "
+                             f"{rows}_train.json, _val, _test (ALBEF) there, and the images into "
+                             + (f"{folder}/flickr30k-images" if data == "flickr30k" else
+                                f"{folder}/train2014 and {folder}/val2014"))
+    records = [record for file in files for record in load_captions(file, images)]
+    splits = {name: [record for record in records if record.split == name]
+              for name in (("train", "val", "test") if args.train else ("test",))}
+    for name, part in splits.items():
+        if not part:
+            raise InputError(f"{', '.join(map(str, files))}: the {name} split has no images")
+    missing = [r.image for part in splits.values() for r in part if not os.path.exists(r.image)]
+    if missing:
+        raise InputError(f"{len(missing)} image files are missing, such as "
+                         f"{', '.join(missing[:3])}; --images names the folder they start from")
+    return splits
+
+
+def run(args):
+    """Data, model, training, evaluation, picture: the whole of it."""
+    torch.manual_seed(args.seed)
+    splits = load_splits(args)
+    model, tokenizer, (mean, std) = build_model(
+        args.image_model, args.text_model, args.text_layers, args.embedding, args.temperature,
+        args.from_scratch)
+    model.to(args.device)
+    transforms = [image_transform(args.image_size, mean, std, augment)
+                  for augment in (args.augment, False)]
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if args.train:
+        train(model, tokenizer, splits, transforms, args)
+    best = args.checkpoint or output / "best.pt"
+    load_weights(model, load_checkpoint(best)["model"], best)
+    result, dual_scores, cross_scores = evaluate(model, tokenizer, splits["test"], transforms[1],
+                                                 args)
+    with open(output / "log.jsonl", "a") as log:
+        write_line(log, split="test", **result)
+    print(f"test: {result['images']} images, {result['texts']} texts; the cross encoder re-ranks "
+          f"the dual encoder's top {result['k']}")
+    print(format_table(result))
+    draw_retrieval(output / "retrieval.png", splits["test"], dual_scores, cross_scores)
+    print(f"wrote {best}, {output}/log.jsonl and {output}/retrieval.png")
+
+
+def main(argv=None):
+    """Command line entry; -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    try:
+        run(parse_arguments(argv))
+    except InputError as error:
+        # A worker process wraps the message in its traceback; the last line is the message.
+        message = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
+        print(f"loopitr: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("loopitr: interrupted; --train --resume continues from last.pt", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
