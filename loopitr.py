@@ -237,41 +237,60 @@ def tokenize(tokenizer, captions):
 # Model
 
 
-class Attention(nn.Module):
-    """Multi-head attention over packed text tokens, with BERT's residual and norm after it.
+class Rows(NamedTuple):
+    """Where the tokens of a packed list (V,) stand in padded rows that attend together."""
+    slots: torch.Tensor  # (V,) row * columns + column of each token
+    rows: int
+    columns: int
 
-    Tokens travel without padding, as one long list (V,D); only here they are laid out in rows that
-    attend together. In self-attention a row is the text of one pair. In cross-attention a row is
-    one image with ALL texts paired with it as one long query: its keys and values are projected
-    once, however many texts share it, and never copied per pair.
+    @staticmethod
+    def of(row, rows):
+        """row (V,): the row of each token, in rising order."""
+        count = torch.bincount(row, minlength=rows)
+        column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+        columns = int(count.max())
+        return Rows(row * columns + column, rows, columns)
+
+    def lay_out(self, x):
+        """(V,D) -> (rows,columns,D), zeros where no token stands."""
+        grid = x.new_zeros(self.rows * self.columns, x.shape[1])
+        return grid.index_copy(0, self.slots, x).unflatten(0, (self.rows, self.columns))
+
+    def pack(self, grid):
+        """(rows,columns,D) -> (V,D)"""
+        return grid.flatten(0, 1).index_select(0, self.slots)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of packed text tokens, with BERT's residual and norm after it.
+
+    Tokens travel without padding, as one long list; only here they are laid out in rows. In
+    self-attention a row is the text of one pair. In cross-attention a row is one image with ALL
+    texts paired with it as one long query: its keys and values are projected once, however many
+    texts share it, and never copied per pair.
     """
 
-    def __init__(self, width, memory_width, heads, dropout, eps):
+    def __init__(self, width, source_width, heads, dropout, eps):
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(width, width)
-        self.key = nn.Linear(memory_width, width)
-        self.value = nn.Linear(memory_width, width)
+        self.key = nn.Linear(source_width, width)
+        self.value = nn.Linear(source_width, width)
         self.output = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x, slots, rows, columns, mask=None, memory=None):
-        """x (V,D), slots (V,) = row * columns + column of each token, mask (rows,columns) of
-        tokens that are there, memory (rows,N,D) or None for self-attention -> (V,D)."""
-        def lay_out(t):
-            return t.new_zeros(rows * columns, t.shape[1]).index_copy(0, slots, t).unflatten(
-                0, (rows, columns))
-
-        query, source = lay_out(self.query(x)), x if memory is None else memory
-        key, value = self.key(source), self.value(source)
-        if memory is None:
-            key, value = lay_out(key), lay_out(value)
+    def forward(self, x, rows, source, source_rows=None):
+        """x (V,D) asks, laid out by `rows`; source answers: image tokens (rows,N,D), or packed
+        text tokens laid out by `source_rows` -> (V,D)."""
+        query, key, value, mask = rows.lay_out(self.query(x)), self.key(source), self.value(source), None
+        if source_rows is not None:
+            key, value = source_rows.lay_out(key), source_rows.lay_out(value)
+            mask = source_rows.lay_out(torch.ones_like(source[:, :1])).bool().mT[:, None]
         query, key, value = (t.unflatten(2, (self.heads, -1)).transpose(1, 2)
                              for t in (query, key, value))
-        mask = mask[:, None, None, :] if mask is not None else None
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        attended = attended.transpose(1, 2).flatten(2).flatten(0, 1)[slots]
+        attended = rows.pack(attended.transpose(1, 2).flatten(2))
         return self.norm(x + self.dropout(self.output(attended)))
 
 
@@ -289,9 +308,9 @@ class CrossLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x, text_layout, image_layout):
-        x = self.self_attention(x, **text_layout)
-        x = self.cross_attention(x, **image_layout)
+    def forward(self, x, text_rows, image_rows, source, source_rows, image_tokens):
+        x = self.self_attention(x, text_rows, source, source_rows)
+        x = self.cross_attention(x, image_rows, image_tokens)
         return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 
@@ -349,21 +368,19 @@ class LoopITR(nn.Module):
         """
         order = image_index.argsort(stable=True)  # texts of one image side by side
         image_index, text_index = image_index[order], text_index[order]
-        mask = attention_mask[text_index].bool()
-        text_slots = mask.flatten().nonzero().squeeze(1)
-        x = text_tokens[text_index].flatten(0, 1)[text_slots].float()
-        row = image_index[text_slots // mask.shape[1]]
-        tokens_of = torch.bincount(row, minlength=len(image_tokens))
-        column = torch.arange(len(row), device=row.device) - (tokens_of.cumsum(0) - tokens_of)[row]
-        longest = int(tokens_of.max())
-        text_layout = dict(slots=text_slots, rows=mask.shape[0], columns=mask.shape[1], mask=mask)
-        image_layout = dict(slots=row * longest + column, rows=len(image_tokens), columns=longest,
-                            memory=image_tokens.float())
-        for layer in self.cross_encoder:
-            x = layer(x, text_layout, image_layout)
-        first = mask.sum(1).cumsum(0) - mask.sum(1)  # where the [CLS] of each pair stands in x
-        logits = self.match_head(x[first]).squeeze(1).float()
-        return logits[order.argsort()]
+        pair, position = attention_mask[text_index].nonzero().unbind(1)  # of each real token
+        token = text_index[pair] * attention_mask.shape[1] + position
+        x = text_tokens.flatten(0, 1).index_select(0, token).float()
+        image_tokens = image_tokens.float()
+        text_rows = Rows.of(pair, len(order))
+        image_rows = Rows.of(image_index[pair], len(image_tokens))
+        for layer in self.cross_encoder[:-1]:
+            x = layer(x, text_rows, image_rows, x, text_rows, image_tokens)
+        # Of the last layer only [CLS] is read, so only [CLS] asks: as if all texts had length 1.
+        x = self.cross_encoder[-1](
+            x[position == 0], Rows.of(torch.arange(len(order), device=x.device), len(order)),
+            Rows.of(image_index, len(image_tokens)), x, text_rows, image_tokens)
+        return self.match_head(x).squeeze(1).float()[order.argsort()]
 
 
 def rename_bert_layer(name):
@@ -540,7 +557,7 @@ def make_optimizer(model, args, total_steps):
         if parameter.requires_grad:
             groups.setdefault(key, []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": p, "lr": lr, "weight_decay": decay}
-                                   for (lr, decay), p in groups.items()])
+                                   for (lr, decay), p in groups.items()], fused=True)
 
     def factor(step):
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(step / total_steps, 1))
@@ -617,7 +634,7 @@ def train_epoch(model, batches, optimizer, scheduler, state, args, log):
             losses = training_step(model, batch, optimizer, scheduler, args, teach)
             state["step"] += 1
             if state["step"] % args.log_every == 0:  # the only place that waits for the numbers
-                line = {name: round(float(value), 5) for name, value in losses.items()}
+                line = {name: round(value.item(), 5) for name, value in losses.items()}
                 if not math.isfinite(line["loss"]):
                     raise InputError(f"the loss is {line['loss']} at step {state['step']}: lower "
                                      "--lr or --fresh-lr; the last good checkpoint is kept")
