@@ -2,28 +2,26 @@
 """LoopITR (arXiv 2203.05465) in one file: a dual and a cross encoder that teach each other.
 
     image -> image encoder --+--> [CLS] -> projection --.
-                             |                          dot product = dual score (one vector each)
-    text  -> text encoder ---+--> [CLS] -> projection --'    |                          ^
-                             |                   hard negatives of the batch       distillation
-                             |                               v                          |
-                             '-- tokens --> cross encoder over the same 1 + m candidates: match score
+                             |                           dot product = dual score (one vector each)
+    text  -> text encoder ---+--> [CLS] -> projection --'    |                       ^
+                             |                         hard negatives          distillation
+                             |                               v                       |
+                             '--> tokens --> cross encoder of 1 + m candidates: match score
 
-One turn of the loop, in `loop_losses`: (1) dual scores of all pairs of the batch, contrastive loss;
-(2) they pick m hard negatives per image and per text; (3) the cross encoder learns to tell the true
-pair from them; (4) its scores of the same candidates are distilled back into the dual scores.
+One turn of the loop is `loop_losses`: (1) dual logits of all pairs in the batch, contrastive loss;
+(2) they choose m hard negatives per image and per text; (3) the cross encoder learns to tell the
+true pair from those; (4) its logits of the same candidates are distilled into the dual logits.
 
-    python loopitr.py --train                                        # toy scenes, laptop, no download
-    python loopitr.py --data flickr30k --train                       # full size, one GPU
+    python loopitr.py --train                                          # toy scenes, on a laptop
+    python loopitr.py --data flickr30k --train                         # full size, on a GPU
     python loopitr.py --evaluate --checkpoint runs/toy/best.pt --rerank all
 
-Left out: masked language modelling, momentum copies and queues (ALBEF's pre-training needs them,
-retrieval does not). Ours, because the paper's text does not settle it: the formula, weight,
-temperature and warm-up of the distillation, m, and the recipe, which is ALBEF's. No public code
-of the paper exists.
+Left out: masked language modelling, momentum encoders and queues, which serve ALBEF's pre-training
+more than retrieval. Ours, where the paper's abstract and tables are silent: formula, weight,
+temperature and warm-up of the distillation, and m. The rest of the recipe is ALBEF's.
 
-Shapes: B images of a batch (or rows), T texts, P pairs, I images of a gallery, N image tokens,
-L text tokens, V text tokens without padding, D width, E embedding, Q queries, C candidates,
-m hard negatives per query.
+Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
+V text tokens without padding, D width, E embedding, Q queries, C candidates, m hard negatives.
 """
 import argparse
 import contextlib
@@ -51,129 +49,148 @@ from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """Something the user can mend; `main` prints it as one line and exits with code 2."""
+    """Something the user can mend: `main` prints it as one line and exits with code 2."""
 
 
-# -------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Data
 
 
 class Record(NamedTuple):
-    """One image with its captions; everything after `load_captions` sees only this form."""
-    image: str
+    """One image with its captions. Everything after `load_captions` sees only this form."""
+    image: str  # path
     captions: list
     split: str  # train, val or test
 
 
 def load_captions(path, images=None):
-    """Read a captions file in either of the two forms found in the wild into a list of Records.
+    """Read a captions file, in either of the two forms found in the wild, into Records.
 
-    Karpathy's: {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}, ...]}, ...]}.
-    ALBEF's and BLIP's rows: [{"image", "caption": string or list}, ...], one file per split, whose
-    name contains train, val or test; rows of one image are joined.
-    `images` is the folder that image paths start from (default: the folder of `path`).
-    Raises InputError for a missing file, an unknown form or a blank caption.
+    Karpathy's: {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}, ..]}, ..]}.
+    ALBEF's and BLIP's rows: [{"image", "caption": string or list}, ..], one file per split, named
+    *train*, *val* or *test*; the rows of one image are joined. `images` is the folder that image
+    paths start from (default: that of `path`). Raises InputError for a file that is missing or of
+    another form, and for blank captions.
     """
+    images = Path(images or Path(path).parent)
+    captions, split_of = {}, {}
+
+    def add(image, split, texts):
+        captions.setdefault(str(images / image), []).extend(text.strip() for text in texts)
+        split_of[str(images / image)] = split
+
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"captions file {path} does not exist") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"captions file {path} is empty or not JSON: {error}") from None
-    images = Path(images) if images else Path(path).parent
-    captions, split_of = {}, {}
-    try:
         if isinstance(content, dict):
-            for entry in content["images"]:
-                name = str(images / entry.get("filepath", "") / entry["filename"])
-                captions.setdefault(name, []).extend(s["raw"].strip() for s in entry["sentences"])
-                split_of[name] = entry["split"].replace("restval", "train")
+            for entry in content["images"]:  # restval: what Karpathy left over from COCO's val
+                add(Path(entry.get("filepath", ""), entry["filename"]),
+                    entry["split"].replace("restval", "train"),
+                    [sentence["raw"] for sentence in entry["sentences"]])
         else:
-            split, = set(re.findall("train|val|test", Path(path).stem)) or {"?"}
+            split, = set(re.findall("train|val|test", Path(path).stem))
             for row in content:
-                texts = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
-                name = str(images / row["image"])
-                captions.setdefault(name, []).extend(text.strip() for text in texts)
-                split_of[name] = split
+                texts = row["caption"]
+                add(row["image"], split, [texts] if isinstance(texts, str) else texts)
+    except OSError as error:
+        raise InputError(f"cannot read captions file {path}: {error.strerror}") from None
     except (KeyError, TypeError, AttributeError, ValueError):
         raise InputError(
-            f"{path} is of an unknown form; read are Karpathy's {{'images': [{{'filename', 'split', "
-            "'sentences': [{'raw'}]}]} and ALBEF's rows [{'image', 'caption'}] in one file per "
-            "split, named *train*, *val* or *test*") from None
-    blank = [name for name, texts in captions.items() if not texts or not all(texts)]
+            f"{path} is empty or of an unknown form; read are Karpathy's {{'images': [{{'filename'"
+            ", 'split', 'sentences': [{'raw'}]}]} and ALBEF's rows [{'image', 'caption'}], one "
+            "file per split with train, val or test in its name") from None
+    blank = [image for image, texts in captions.items() if not texts or not all(texts)]
     if blank:
-        raise InputError(f"{path}: {len(blank)} images have a blank caption or none, "
-                         f"such as {blank[0]}; fill or remove them")
-    return [Record(name, texts, split_of[name]) for name, texts in captions.items()]
+        raise InputError(f"{path}: {len(blank)} images have a blank caption or none, such as "
+                         f"{blank[0]}; fill or remove them")
+    return [Record(image, texts, split_of[image]) for image, texts in captions.items()]
 
 
 def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2, seed=0):
     """Draw scenes of three objects on a 3 x 3 grid, with captions of how two of them lie.
 
     Relations are what one vector per image finds hard and cross-attention finds easy. Writes PNGs,
-    two small model configurations without weights and, last, `captions.json` in Karpathy's form,
-    whose path is returned. Nothing is drawn again when that file is there.
+    the configurations of two small backbones and, last, captions.json (Karpathy's form), whose
+    path is returned. When that file is there, nothing is drawn again.
     """
     folder = Path(folder)
     target = folder / "captions.json"
     if target.exists():
         return target
-    shapes = ("circle", "square", "triangle", "diamond", "cross", "ring")
+    polygons = {"square": (4, 0), "diamond": (4, 45), "triangle": (3, 0), "wedge": (3, 180)}
+    shapes = ("circle", "ring", *polygons)
     colours = ("red", "green", "blue", "yellow", "purple", "orange", "white", "cyan")
-    radii = {"small": 4, "large": 7}  # pixels; a cell is 16 wide, the patch of the image encoder
-    relations = (("left of", (1, 0)), ("right of", (-1, 0)), ("above", (0, 1)), ("below", (0, -1)))
-    rng = random.Random(seed)
+    radii = {"small": 4, "large": 7}  # pixels, in a cell of 16, which is one patch of the ViT
+    relations = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
+    rng, entries = random.Random(seed), []
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    entries = []
-    for number in tqdm(range(train + val + test), desc="drawing toy scenes"):
+    for number in tqdm(range(train + val + test), "drawing toy scenes", disable=None):
         canvas = Image.new("RGB", (48, 48), (40, 40, 40))
-        cells = rng.sample([(x, y) for x in range(3) for y in range(3)], 3)
-        scene = [(cell, rng.choice(list(radii)), rng.choice(colours), rng.choice(shapes))
-                 for cell in cells]
-        for (x, y), size, colour, shape in scene:
-            draw_shape(ImageDraw.Draw(canvas), 16 * x + 8, 16 * y + 8, radii[size], colour, shape)
-        canvas.save(folder / "images" / f"{number:05d}.png")
-        facts = [f"a {' '.join(a[1:])} {word} a {' '.join(b[1:])}"
-                 for a in scene for b in scene for word, (dx, dy) in relations
-                 if (b[0][0] - a[0][0]) * dx > 0 or (b[0][1] - a[0][1]) * dy > 0]
+        draw, scene = ImageDraw.Draw(canvas), []
+        for cell in rng.sample(range(9), 3):
+            size, colour, shape = rng.choice(list(radii)), rng.choice(colours), rng.choice(shapes)
+            (row, column), r = divmod(cell, 3), radii[size]
+            x, y = 16 * column + 8, 16 * row + 8
+            if shape in polygons:
+                draw.regular_polygon((x, y, r), *polygons[shape], fill=colour)
+            else:
+                draw.ellipse((x - r, y - r, x + r - 1, y + r - 1), outline=colour, width=2,
+                             fill=colour if shape == "circle" else None)
+            scene.append((f"a {size} {colour} {shape}", column, row))
+        facts = [f"{a} {words} {b}" for a, ax, ay in scene for b, bx, by in scene
+                 for words, (dx, dy) in relations.items() if (bx - ax) * dx + (by - ay) * dy > 0]
         split = "train" if number < train else "val" if number < train + val else "test"
         entries.append({"filename": f"images/{number:05d}.png", "split": split, "sentences":
-                        [{"raw": fact} for fact in rng.sample(facts, captions_per_image)]})
-    words = sorted({w for e in entries for s in e["sentences"] for w in s["raw"].split()})
+                        [{"raw": fact} for fact in rng.sample(sorted(set(facts)), captions_per_image)]})
+        canvas.save(folder / entries[-1]["filename"])
+    # Weights of the usual 0.02 are made for width 768; at 128 they hardly start to learn.
+    small = dict(hidden_size=128, num_attention_heads=4, intermediate_size=512,
+                 initializer_range=128 ** -0.5, hidden_dropout_prob=0.0)
+    words = sorted({word for e in entries for s in e["sentences"] for word in s["raw"].split()})
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    small = dict(hidden_size=128, num_attention_heads=4, intermediate_size=512)
     transformers.ViTConfig(num_hidden_layers=2, image_size=48, patch_size=16,
                            **small).save_pretrained(folder / "image-model")
     transformers.BertConfig(num_hidden_layers=4, vocab_size=len(vocabulary), **small,
-                            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-                            ).save_pretrained(folder / "text-model")
+                            attention_probs_dropout_prob=0.0).save_pretrained(folder / "text-model")
     (folder / "text-model" / "vocab.txt").write_text("\n".join(vocabulary))
     target.with_suffix(".part").write_text(json.dumps({"images": entries, "dataset": "toy"}))
     os.replace(target.with_suffix(".part"), target)
     return target
 
 
-def draw_shape(draw, x, y, r, colour, shape):
-    """Draw one object of radius r pixels around (x, y)."""
-    box = (x - r, y - r, x + r - 1, y + r - 1)
-    if shape == "circle":
-        draw.ellipse(box, fill=colour)
-    elif shape == "ring":
-        draw.ellipse(box, outline=colour, width=2)
-    elif shape == "square":
-        draw.rectangle(box, fill=colour)
-    elif shape == "triangle":
-        draw.polygon([(x, y - r), (x + r - 1, y + r - 1), (x - r, y + r - 1)], fill=colour)
-    elif shape == "diamond":
-        draw.polygon([(x, y - r), (x + r - 1, y), (x, y + r - 1), (x - r, y)], fill=colour)
-    else:
-        draw.line([(x - r, y), (x + r - 1, y)], fill=colour, width=3)
-        draw.line([(x, y - r), (x, y + r - 1)], fill=colour, width=3)
+def load_splits(args):
+    """-> {"train", "val", "test"}: Records, as far as this run needs them. Raises InputError for
+    missing captions or images, before anything is trained."""
+    name, files, images = args.data[0], args.data, args.images
+    folder = Path(args.root, name)
+    if name == "toy":
+        files = [make_toy_dataset(folder)]
+    elif name in ("flickr30k", "coco"):
+        rows = {"flickr30k": "flickr30k_{}.json", "coco": "coco_karpathy_{}.json"}[name]
+        files = [folder / rows.format(split) for split in ("train", "val", "test")]
+        pictures = {"flickr30k": ["flickr30k-images"], "coco": ["train2014", "val2014"]}[name]
+        karpathy = folder / f"dataset_{name}.json"
+        if karpathy.exists():  # names Flickr's images without their folder
+            files, images = [karpathy], images or Path(folder, *pictures[:len(pictures) == 1])
+        elif not all(file.exists() for file in files):
+            raise InputError(
+                f"{name} is not in {folder}: put {karpathy.name} there, or {rows.format('train')} and "
+                f"those of val and test, beside the image folder {' and '.join(pictures)}")
+    records = [record for file in files for record in load_captions(file, images)]
+    splits = {split: [record for record in records if record.split == split]
+              for split in (("train", "val", "test") if args.train else ("test",))}
+    for split, part in splits.items():
+        if not part:
+            raise InputError(f"{files[0]}: the {split} split has no images")
+    missing = [r.image for part in splits.values() for r in part if not os.path.exists(r.image)]
+    if missing:
+        raise InputError(f"{len(missing)} image files are missing, such as "
+                         f"{', '.join(missing[:3])}; --images names the folder they start from")
+    return splits
 
 
 def image_transform(size, mean, std, augment=False):
-    """PIL image -> float tensor (3, size, size). Augmentation: ALBEF's, with torchvision's own
-    RandAugment (ALBEF's list of operations is shorter: no colour changes)."""
+    """PIL image -> tensor (3,size,size). Augments as ALBEF does, except that torchvision's
+    RandAugment also changes colours."""
     bicubic = InterpolationMode.BICUBIC
     steps = ([v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
               v2.RandomHorizontalFlip(), v2.RandAugment(num_ops=2, magnitude=7)] if augment
@@ -183,7 +200,7 @@ def image_transform(size, mean, std, augment=False):
 
 
 class Images(Dataset):
-    """Item i is the transformed image of records[i]. Raises InputError naming an unreadable file."""
+    """Item i: the transformed image of records[i]. InputError names a file that is no image."""
 
     def __init__(self, records, transform):
         self.records, self.transform = records, transform
@@ -195,20 +212,20 @@ class Images(Dataset):
         try:
             with Image.open(self.records[i].image) as image:
                 return self.transform(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"cannot read image {self.records[i].image}: {error}") from None
+        except (OSError, ValueError, SyntaxError):  # Pillow raises all three on broken files
+            raise InputError(f"{self.records[i].image} cannot be read as an image") from None
 
 
 class Pairs(Dataset):
-    """Item i is the i-th caption with its image: (pixels, caption, record number).
+    """Item i: (image, caption, record number) of the i-th caption.
 
-    Each item draws its augmentation from a seed of its own, so that it depends neither on the
-    number of workers nor on whether the run was interrupted before it.
+    Augmentation draws from a seed of its own for each item, so that it depends neither on the
+    number of workers nor on an interruption before it.
     """
 
     def __init__(self, records, images, seed):
         self.captions = [(number, text) for number, r in enumerate(records) for text in r.captions]
-        self.images, self.seed = images, seed
+        self.images, self.seed, self.epoch = images, seed, 0
 
     def __len__(self):
         return len(self.captions)
@@ -216,24 +233,40 @@ class Pairs(Dataset):
     def __getitem__(self, i):
         number, caption = self.captions[i]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * len(self) + i)
+            torch.manual_seed((1000 * self.seed + self.epoch) * len(self) + i)
             return self.images[number], caption, number
 
 
 def collate_pairs(items, tokenizer):
     """-> pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,)."""
-    pixels, captions, numbers = zip(*items)
-    text = tokenize(tokenizer, captions)
-    return torch.stack(pixels), text["input_ids"], text["attention_mask"], torch.tensor(numbers)
+    images, captions, numbers = zip(*items)
+    return torch.stack(images), *tokenize(tokenizer, captions), torch.tensor(numbers)
 
 
 def tokenize(tokenizer, captions):
-    """Tokenise, padded to the longest caption; at most 30 tokens, as in ALBEF."""
-    return tokenizer(list(captions), padding=True, truncation=True, max_length=30,
+    """-> input_ids (T,L), attention_mask (T,L), with L at most 30, as in ALBEF."""
+    text = tokenizer(list(captions), padding=True, truncation=True, max_length=30,
                      return_tensors="pt")
+    return text["input_ids"], text["attention_mask"]
 
 
-# -------------------------------------------------------------------------------------------------
+def training_batches(pairs, tokenizer, batch_size, seed, epoch, skip=0, workers=0):
+    """DataLoader of one epoch's batches from number `skip` on, shuffled by seed and epoch alone, so
+    that a resumed run meets the same batches. The last, incomplete batch is left out."""
+    pairs.epoch = epoch
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1000 * pairs.seed + epoch))
+    batches = order[:len(order) // batch_size * batch_size].view(-1, batch_size).tolist()
+    return DataLoader(pairs, batch_sampler=batches[skip:], num_workers=workers,
+                      collate_fn=functools.partial(collate_pairs, tokenizer=tokenizer),
+                      worker_init_fn=ignore_interrupt)
+
+
+def ignore_interrupt(_):
+    """Ctrl-C reaches the workers too, but only the main process shall answer it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------------------
 # Model
 
 
@@ -283,7 +316,8 @@ class Attention(nn.Module):
     def forward(self, x, rows, source, source_rows=None):
         """x (V,D) asks, laid out by `rows`; source answers: image tokens (rows,N,D), or packed
         text tokens laid out by `source_rows` -> (V,D)."""
-        query, key, value, mask = rows.lay_out(self.query(x)), self.key(source), self.value(source), None
+        query = rows.lay_out(self.query(x))
+        key, value, mask = self.key(source), self.value(source), None
         if source_rows is not None:
             key, value = source_rows.lay_out(key), source_rows.lay_out(value)
             mask = source_rows.lay_out(torch.ones_like(source[:, :1])).bool().mT[:, None]
@@ -422,7 +456,7 @@ def build_model(image_model, text_model, text_layers, embedding=256, temperature
     return model, tokenizer, (mean, std)
 
 
-# -------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Hard negatives
 
 
@@ -445,7 +479,7 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
         return scores.topk(min(num_negatives, fewest), dim=1).indices
 
 
-# -------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Losses
 
 
@@ -490,131 +524,83 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
     raise ValueError(f"unknown distillation objective {objective!r}")
 
 
-# -------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Training
 
 
 def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", temperature=1.0,
-                use_cross=True):
-    """One turn of the loop on one batch -> dict of scalars: the three losses and two recalls."""
+                hardness=1.0, cross=True):
+    """One turn of the loop -> dict of scalars: three losses, and how often each encoder ranks the
+    true partner first among its candidates. `cross=False` stops after the dual encoder; `hardness`
+    below 1 flattens the distribution that negatives are drawn from, down to 0, any of them.
+
+    batch: pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,).
+    """
     pixels, input_ids, attention_mask, image_ids = batch
     image_tokens, image_embedding = model.encode_image(pixels)
     text_tokens, text_embedding = model.encode_text(input_ids, attention_mask)
     similarity = image_embedding @ text_embedding.T / model.temperature
-    # The image decides: another caption of the same image is a positive, not a negative.
+    # The image decides, not the row: another caption of the same image is a positive too.
     is_positive = image_ids[:, None] == image_ids[None, :]
     losses = {"contrastive": contrastive_loss(similarity, is_positive)}
-    hit = is_positive.gather(1, similarity.argmax(1, keepdim=True))
-    losses["dual_recall"] = hit.float().mean()
-    if not use_cross:
+    first = similarity.argmax(1, keepdim=True)
+    losses["dual_recall"] = is_positive.gather(1, first).float().mean()
+    if not cross:
         return losses
 
-    # Dual -> cross: candidates (B,1+m) of each image and of each text, column 0 its own partner.
-    own = torch.arange(len(image_ids), device=image_ids.device)
-    hard_texts = sample_hard_negatives(similarity, is_positive, negatives, sampling)
-    hard_images = sample_hard_negatives(similarity.T, is_positive.T, negatives, sampling)
+    # Dual -> cross: m hard texts of each image and m hard images of each text.
+    hard_texts = sample_hard_negatives(hardness * similarity, is_positive, negatives, sampling)
+    hard_images = sample_hard_negatives(hardness * similarity.T, is_positive.T, negatives, sampling)
     m = hard_texts.shape[1]
+    own = torch.arange(len(image_ids), device=image_ids.device)
     # The true pairs are scored once and serve both directions.
     image_index = torch.cat([own, own.repeat_interleave(m), hard_images.flatten()])
     text_index = torch.cat([own, hard_texts.flatten(), own.repeat_interleave(m)])
     logits = model.match(image_tokens, text_tokens, attention_mask, image_index, text_index)
     losses["matching"] = matching_loss(logits, is_positive[image_index, text_index])
 
-    # Cross -> dual: the same candidates, scored by both.
-    true, image_side, text_side = logits.split([len(own), len(own) * m, len(own) * m])
-    teacher = torch.cat([true.repeat(2)[:, None],
-                         torch.cat([image_side, text_side]).view(2 * len(own), m)], dim=1)
-    student = torch.cat([similarity.gather(1, torch.cat([own[:, None], hard_texts], 1)),
-                         similarity.T.gather(1, torch.cat([own[:, None], hard_images], 1))])
-    losses["distillation"] = distillation_loss(student, teacher, objective, temperature)
-    losses["cross_recall"] = (true.repeat(2)[:, None] > teacher[:, 1:]).all(1).float().mean()
+    # Cross -> dual: both encoders' logits (2B,1+m) of the same candidates, true partner first.
+    def rows_of(pair_logits):
+        true, negative = pair_logits[:len(own)], pair_logits[len(own):]
+        return torch.cat([true.repeat(2)[:, None], negative.view(2 * len(own), m)], dim=1)
+
+    student, teacher = rows_of(similarity[image_index, text_index]), rows_of(logits)
+    losses["cross_recall"] = (teacher[:, :1] > teacher[:, 1:]).all(1).float().mean()
+    if objective != "none":
+        losses["distillation"] = distillation_loss(student, teacher, objective, temperature)
     return losses
 
 
-def training_batches(pairs, tokenizer, batch_size, seed, epoch, skip, workers):
-    """DataLoader over one epoch's batches from number `skip` on, shuffled by seed and epoch only,
-    so that a resumed run meets the same batches. The last, incomplete batch is dropped."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    order = torch.randperm(len(pairs), generator=generator)
-    batches = [b.tolist() for b in order.split(batch_size) if len(b) == batch_size]
-    return DataLoader(pairs, batch_sampler=batches[skip:], num_workers=workers, pin_memory=False,
-                      collate_fn=functools.partial(collate_pairs, tokenizer=tokenizer),
-                      worker_init_fn=ignore_interrupt)
-
-
-def ignore_interrupt(worker_id):
-    """Ctrl-C reaches worker processes too; only the main process should answer it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def make_optimizer(model, args, total_steps):
-    """AdamW and a cosine schedule from lr to lr / 10 after a linear warm-up, as in ALBEF. Weights
-    decay, biases and norms do not. Parts that no checkpoint holds learn at --fresh-lr."""
+    """AdamW, linear warm-up, cosine down to lr / 10; no decay of biases and norms (ALBEF). Parts
+    that no pre-trained backbone holds learn at --fresh-lr."""
     groups = {}
     for name, parameter in model.named_parameters():
         fresh = re.search("cross_attention|projection|match_head|temperature", name)
         key = (args.fresh_lr if fresh else args.lr, args.weight_decay if parameter.ndim > 1 else 0)
         if parameter.requires_grad:
             groups.setdefault(key, []).append(parameter)
-    optimizer = torch.optim.AdamW([{"params": p, "lr": lr, "weight_decay": decay}
-                                   for (lr, decay), p in groups.items()], fused=True)
+    optimizer = torch.optim.AdamW([dict(params=group, lr=lr, weight_decay=decay)
+                                   for (lr, decay), group in groups.items()], fused=True)
 
     def factor(step):
-        cosine = 0.5 + 0.5 * math.cos(math.pi * min(step / total_steps, 1))
-        return min((step + 1) / args.warmup_steps, 0.1 + 0.9 * cosine)
+        cosine = 0.55 + 0.45 * math.cos(math.pi * min(step / total_steps, 1))
+        return min((step + 1) / args.warmup_steps, cosine)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def save_checkpoint(path, **content):
-    """Write to a temporary file and rename, so that a crash never leaves half a checkpoint."""
-    torch.save({"format": "loopitr", **content}, f"{path}.part")
-    os.replace(f"{path}.part", path)
-
-
-def load_checkpoint(path):
-    """-> what save_checkpoint was given, on the CPU. Nothing is unpickled but tensors and plain
-    values. Raises InputError when the file is missing or not ours."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] == "loopitr":
-            return content
-    except FileNotFoundError:
-        raise InputError(f"checkpoint {path} does not exist; train first") from None
-    except Exception:  # torch.load raises many kinds on a foreign file
-        pass
-    raise InputError(f"{path} is not a checkpoint of loopitr.py")
-
-
-def load_weights(model, state, path):
-    """Fill the model from a checkpoint's tensors; InputError when they do not fit."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reasons = str(error).splitlines()
-        raise InputError(f"{path} does not fit this model: {reasons[1].strip()}") from None
-
-
-@contextlib.contextmanager
-def delayed_interrupt():
-    """Ctrl-C within fills the list instead of stopping a step half way."""
-    pressed = []
-    previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def training_step(model, batch, optimizer, scheduler, args, teach):
-    """One optimiser step -> loop_losses' dict with the weighted sum under "loss"."""
+def training_step(model, batch, optimizer, scheduler, args, progress):
+    """One optimiser step, `progress` (0 to 1) through training -> what loop_losses returns, and
+    the weighted sum as "loss"."""
     device = model.log_temperature.device
     batch = [part.to(device, non_blocking=True) for part in batch]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
         losses = loop_losses(model, batch, args.negatives, args.sampling, args.distill,
-                             args.distill_temperature, use_cross=args.matching_weight > 0)
+                             args.distill_temperature, min(1.0, progress / args.hard_warmup) if args.hard_warmup else 1.0,
+                             cross=args.matching_weight > 0)
     weights = {"contrastive": args.contrastive_weight, "matching": args.matching_weight,
-               "distillation": args.distill_weight if teach else 0}
+               "distillation": args.distill_weight * (progress >= args.distill_warmup)}
     losses["loss"] = sum(weights[name] * losses[name] for name in weights if name in losses)
     optimizer.zero_grad()
     losses["loss"].backward()
@@ -623,27 +609,37 @@ def training_step(model, batch, optimizer, scheduler, args, teach):
     return losses
 
 
-def train_epoch(model, batches, optimizer, scheduler, state, args, log):
-    """Run the batches, log every `args.log_every` steps, leave early on Ctrl-C (returns True)."""
+@contextlib.contextmanager
+def delayed_interrupt():
+    """Ctrl-C inside fills the list that this gives, instead of breaking off half a step."""
+    pressed = []
+    previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def train_epoch(model, batches, optimizer, scheduler, state, args, total_steps):
+    """Train on the batches, counting state["step"] and logging every --log-every steps.
+    -> True when Ctrl-C ended it early."""
     model.train()
     start, since = time.perf_counter(), state["step"]
     with delayed_interrupt() as interrupted:
         for batch in batches:
-            # An untrained teacher would teach noise: distillation waits.
-            teach = state["step"] >= args.distill_warmup * state["total_steps"]
-            losses = training_step(model, batch, optimizer, scheduler, args, teach)
+            losses = training_step(model, batch, optimizer, scheduler, args,
+                                   progress=state["step"] / total_steps)
             state["step"] += 1
-            if state["step"] % args.log_every == 0:  # the only place that waits for the numbers
+            if state["step"] % args.log_every == 0:  # nowhere else does the GPU wait for numbers
                 line = {name: round(value.item(), 5) for name, value in losses.items()}
                 if not math.isfinite(line["loss"]):
-                    raise InputError(f"the loss is {line['loss']} at step {state['step']}: lower "
-                                     "--lr or --fresh-lr; the last good checkpoint is kept")
+                    raise InputError(f"the loss is {line['loss']} at step {state['step']}; the last "
+                                     "good checkpoint is kept: try lower --lr and --fresh-lr")
                 batches.set_postfix(line)
-                seconds = time.perf_counter() - start
-                write_line(log, step=state["step"], epoch=state["epoch"], **line,
+                rate = (state["step"] - since) * args.batch_size / (time.perf_counter() - start)
+                write_line(args, step=state["step"], epoch=state["epoch"], **line,
                            temperature=round(model.temperature.item(), 5),
-                           lr=scheduler.get_last_lr()[0],
-                           pairs_per_second=round((state["step"] - since) * len(batch[0]) / seconds, 1))
+                           lr=scheduler.get_last_lr()[0], pairs_per_second=round(rate, 1))
                 start, since = time.perf_counter(), state["step"]
             if interrupted:
                 return True
@@ -651,66 +647,101 @@ def train_epoch(model, batches, optimizer, scheduler, state, args, log):
 
 
 def train(model, tokenizer, splits, transforms, args):
-    """Train, keeping last.pt (to resume) and best.pt (best re-ranked rsum on val) in args.output.
+    """Train, keeping last.pt (to resume) and best.pt (best re-ranked rsum on val) in --output.
 
-    splits: {"train", "val"} -> Records; transforms: for training and for evaluation. Raises
-    InputError when the loss is no longer finite, KeyboardInterrupt after saving on Ctrl-C.
+    splits: {"train", "val"} -> Records; transforms: of training and of evaluation. Raises
+    InputError when the loss or a weight is not finite, KeyboardInterrupt once Ctrl-C is saved.
     """
-    output = Path(args.output)
-    images = Images(splits["train"], transforms[0])
+    output, images = Path(args.output), Images(splits["train"], transforms[0])
     if args.freeze_image:
         model.image_encoder.requires_grad_(False)
         images = encode_images(model, Images(splits["train"], transforms[1]), args.workers)[0]
     pairs = Pairs(splits["train"], images, args.seed)
     per_epoch = len(pairs) // args.batch_size
-    state = {"step": 0, "epoch": 0, "best": -1.0, "total_steps": per_epoch * args.epochs}
-    optimizer, scheduler = make_optimizer(model, args, state["total_steps"])
+    if per_epoch == 0:
+        raise InputError(f"--batch-size {args.batch_size} is more than the {len(pairs)} captions")
+    optimizer, scheduler = make_optimizer(model, args, per_epoch * args.epochs)
+    state = {"step": 0, "epoch": 0, "best": -1.0}
     if args.resume:
         state = resume(output, model, optimizer, scheduler)
-    log = open(output / "log.jsonl", "a", buffering=1)
-    for epoch in range(state["epoch"], args.epochs):
-        state["epoch"] = epoch
-        skip = state["step"] - epoch * per_epoch
-        loader = training_batches(pairs, tokenizer, args.batch_size, args.seed, epoch, skip,
-                                  args.workers)
-        bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", per_epoch, initial=skip,
+    else:
+        (output / "log.jsonl").unlink(missing_ok=True)
+    for state["epoch"] in range(state["epoch"], args.epochs):
+        skip = state["step"] - state["epoch"] * per_epoch
+        loader = training_batches(pairs, tokenizer, args.batch_size, args.seed, state["epoch"],
+                                  skip, args.workers)
+        bar = tqdm(loader, f"epoch {state['epoch'] + 1}/{args.epochs}", per_epoch, initial=skip,
                    disable=None)
-        interrupted = train_epoch(model, bar, optimizer, scheduler, state, args, log)
-        save_checkpoint(output / "last.pt", model=model.state_dict(), state=state,
-                        optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
-                        rng=torch.get_rng_state(), args=vars(args))
+        interrupted = train_epoch(model, bar, optimizer, scheduler, state, args,
+                                  per_epoch * args.epochs)
+        # Before the evaluation, so that an interruption there costs no training.
+        save_checkpoint(output / "last.pt", model, args, state, optimizer=optimizer.state_dict(),
+                        scheduler=scheduler.state_dict(), rng=torch.get_rng_state())
         if interrupted:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"{output}/last.pt is saved, --resume continues from it")
         result = evaluate(model, tokenizer, splits["val"], transforms[1], args)[0]
-        write_line(log, split="val", step=state["step"], epoch=epoch, **result)
-        tqdm.write(f"epoch {epoch + 1}: val dual rsum {result['dual']['rsum']:.1f}, "
-                   f"re-ranked {result['cross']['rsum']:.1f}")
-        if result["cross"]["rsum"] > state["best"]:  # the first of equals
+        write_line(args, split="val", step=state["step"], epoch=state["epoch"], **result)
+        tqdm.write(f"epoch {state['epoch'] + 1}/{args.epochs}: rsum on val "
+                   f"{result['dual']['rsum']:.1f} dual, {result['cross']['rsum']:.1f} re-ranked")
+        if result["cross"]["rsum"] > state["best"]:
             state["best"] = result["cross"]["rsum"]
-            save_checkpoint(output / "best.pt", model=model.state_dict(), val=result,
-                            args=vars(args), state=state)
+            save_checkpoint(output / "best.pt", model, args, state)
+
+
+def save_checkpoint(path, model, args, state, **rest):
+    """Write to a temporary file and rename it, so that there is never half a checkpoint."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise InputError("a weight is not finite any more; the last good checkpoint is kept: try "
+                         "lower --lr and --fresh-lr")
+    torch.save({"format": "loopitr", "model": model.state_dict(), "args": vars(args),
+                "state": dict(state), **rest}, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def load_checkpoint(path):
+    """-> what save_checkpoint wrote, on the CPU; nothing but tensors and plain values is
+    unpickled. Raises InputError when the file is missing or not ours."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] == "loopitr":
+            return content
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint {path}: train first") from None
+    except Exception:  # foreign files make torch.load raise many kinds
+        pass
+    raise InputError(f"{path} is not a checkpoint of loopitr.py")
+
+
+def load_weights(model, checkpoint, path):
+    """Fill the model; InputError when the checkpoint is of another model."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise InputError(f"{path} does not fit this model: {reason}") from None
 
 
 def resume(output, model, optimizer, scheduler):
-    """Continue from last.pt: fill model, optimiser, scheduler and RNG; cut the log back to the
-    checkpoint's step; -> the training state (step, epoch, best, total_steps)."""
+    """Fill model, optimiser, scheduler and RNG from last.pt, cut the log back to its step.
+    -> the training state: step, epoch, best."""
     checkpoint = load_checkpoint(output / "last.pt")
-    load_weights(model, checkpoint["model"], output / "last.pt")
+    load_weights(model, checkpoint, output / "last.pt")
     optimizer.load_state_dict(checkpoint["optimizer"])
     scheduler.load_state_dict(checkpoint["scheduler"])
     torch.set_rng_state(checkpoint["rng"])
     lines = (output / "log.jsonl").read_text().splitlines(keepends=True)
-    (output / "log.jsonl").write_text("".join(
-        line for line in lines if json.loads(line)["step"] <= checkpoint["state"]["step"]))
+    kept = [line for line in lines if json.loads(line)["step"] <= checkpoint["state"]["step"]]
+    (output / "log.jsonl").write_text("".join(kept))
     return checkpoint["state"]
 
 
-def write_line(log, **values):
+def write_line(args, **values):
     """Append one JSON object to the log."""
-    log.write(json.dumps(values) + "\n")
+    with open(Path(args.output, "log.jsonl"), "a") as log:
+        log.write(json.dumps(values) + "\n")
 
 
-# -------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Evaluation
 
 
@@ -753,11 +784,10 @@ def encode_images(model, images, workers=0, batch_size=64):
 def encode_texts(model, tokenizer, captions, batch_size=256):
     """-> tokens (T,L,D) in half precision, attention mask (T,L), embeddings (T,E)."""
     model.eval()
-    text = tokenize(tokenizer, captions).to(model.log_temperature.device)
-    tokens, embeddings = zip(*(
-        model.encode_text(*part) for part in zip(text["input_ids"].split(batch_size),
-                                                 text["attention_mask"].split(batch_size))))
-    return torch.cat([t.half() for t in tokens]), text["attention_mask"], torch.cat(embeddings)
+    text = [part.to(model.log_temperature.device) for part in tokenize(tokenizer, captions)]
+    tokens, embeddings = zip(*(model.encode_text(*part)
+                               for part in zip(*(part.split(batch_size) for part in text))))
+    return torch.cat([part.half() for part in tokens]), text[1], torch.cat(embeddings)
 
 
 @torch.no_grad()
@@ -789,10 +819,10 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, pai
 
 
 def evaluate(model, tokenizer, records, transform, args):
-    """Both encoders' Recall@K on the records, the cross encoder re-ranking the dual's top k.
+    """Recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top --rerank.
 
-    -> ({"images", "texts", "k", "dual": {..., "seconds"}, "cross": {..., "seconds"}},
-    dual scores (I,T), cross scores (I,T)). The cross encoder's seconds include the dual's.
+    -> {"images", "texts", "k", "dual": {.., "seconds"}, "cross": {.., "seconds"}}, dual scores
+    (I,T), cross scores (I,T). The cross encoder's seconds include the dual encoder's.
     """
     captions = [text for record in records for text in record.captions]
     image_of_text = torch.tensor([i for i, r in enumerate(records) for _ in r.captions])
@@ -808,20 +838,20 @@ def evaluate(model, tokenizer, records, transform, args):
         cross_scores = rerank(model, image_tokens, text_tokens, mask, dual_scores, k)
     cross = recall_at_k(cross_scores, image_of_text)
     cross["seconds"] = time.perf_counter() - start
-    sizes = {"images": len(records), "texts": len(captions), "k": k}
-    return {**sizes, "dual": dual, "cross": cross}, dual_scores.cpu(), cross_scores
+    result = dict(images=len(records), texts=len(captions), k=k, dual=dual, cross=cross)
+    return result, dual_scores.cpu(), cross_scores
 
 
-def format_table(result):
-    """evaluate's result as the lines of a table, both encoders side by side."""
-    lines = [" " * 16 + "".join(f"{name:>8}" for name in result["dual"])]
+def print_table(result):
+    """Print evaluate's result with both encoders side by side."""
+    print(f"{result['images']} images, {result['texts']} texts; the cross encoder re-ranks the dual "
+          f"encoder's top {result['k']}")
+    print(" " * 13 + "".join(f"{name:>8}" for name in result["dual"]))
     for name in ("dual", "cross"):
-        numbers = "".join(f"{value:8.1f}" for value in result[name].values())
-        lines.append(f"{name + ' encoder':16}{numbers}")
-    return "\n".join(lines)
+        print(f"{name + ' encoder':13}" + "".join(f"{v:8.1f}" for v in result[name].values()))
 
 
-# -------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Search
 
 
@@ -840,7 +870,8 @@ def draw_retrieval(path, records, dual_scores, cross_scores, rows=6, columns=5, 
     canvas = Image.new("RGB", (2 * columns * step + 40, 60 + len(shown) * (step + 30)), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((8, 6), f"{len(captions)} test captions: re-ranking put the right image first in "
-              f"{better} where the dual encoder had not, and took it away in {worse}.", "black", font)
+              f"{better} where the dual encoder had not, and took it away in {worse}.", "black",
+              font)
     draw.text((8, 32), "dual encoder's top images", "black", font)
     draw.text((columns * step + 32, 32), "after re-ranking by the cross encoder", "black", font)
     for row, text in enumerate(shown):
@@ -856,170 +887,131 @@ def draw_retrieval(path, records, dual_scores, cross_scores, rows=6, columns=5, 
     canvas.save(path)
 
 
-# -------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Main
 
 
 def parse_arguments(argv):
-    """The command line. What it leaves open comes from the checkpoint that is continued or
-    evaluated, else from the preset of the data set, else from the defaults below."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
+    """The command line. What it leaves open comes from the checkpoint to resume or evaluate, then
+    from the preset of the data set, then from the defaults here: ALBEF's, for one large GPU."""
+    flag = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
     # what to do
-    add("--train", action="store_true", help="train, then evaluate the best epoch on test")
-    add("--evaluate", action="store_true", help="evaluate --checkpoint on test")
-    add("--resume", action="store_true", help="continue the interrupted --train of --output")
-    add("--checkpoint", help="checkpoint of ours to evaluate")
+    add("--train", action="store_true", help="train, then test the best epoch")
+    add("--evaluate", action="store_true", help="test a checkpoint")
+    add("--resume", action="store_true", help="go on with the interrupted training in --output")
+    add("--checkpoint", help="to evaluate; best.pt of --output if not given")
+    add("--output", help="folder of checkpoints, log and picture; runs/DATA if not given")
     # data
-    add("--data", nargs="+", default=["toy"], help="toy, flickr30k, coco, or captions file(s)")
-    add("--images", help="folder that image paths start from (default: the captions file's)")
-    add("--root", default="data", help="folder of the data sets")
-    add("--output", help="folder for checkpoints, log and picture (default: runs/DATA)")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True,
-        help="random crop, flip and RandAugment")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="image loading processes")
+    add("--data", nargs="+", default=["toy"], help="toy, flickr30k, coco or captions file(s)")
+    add("--images", help="folder that image paths start from; the captions file's if not given")
+    add("--root", default="data", help="folder of toy, flickr30k and coco")
+    add("--augment", action=flag, default=True, help="random crop, flip and RandAugment")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="image loading processes")
     # model
     add("--image-model", default="facebook/deit-base-patch16-224", help="transformers name or path")
-    add("--text-model", default="google-bert/bert-base-uncased", help="BERT, name or path")
-    add("--text-layers", type=int, default=6, help="BERT layers of the text encoder; the rest "
-        "start the cross encoder")
+    add("--text-model", default="google-bert/bert-base-uncased", help="a BERT, name or path")
+    add("--text-layers", type=int, default=6, help="of the BERT; the rest become the cross encoder")
     add("--image-size", type=int, default=384, help="pixels")
-    add("--embedding", type=int, default=256, help="size of the dual encoder's vectors")
-    add("--temperature", type=float, default=0.07, help="of the dual logits, at the start; learned")
-    add("--from-scratch", action="store_true", help="random weights in the backbones' shapes")
-    add("--freeze-image", action="store_true", help="keep the image encoder as it is and compute "
-        "its tokens once, without augmentation (LiT)")
+    add("--embedding", type=int, default=256, help="length of the dual encoder's vectors")
+    add("--temperature", type=float, default=0.07, help="of the dual logits, at the start")
+    add("--from-scratch", action="store_true", help="backbones with random weights")
+    add("--freeze-image", action="store_true", help="image encoder as it is, tokens computed once, "
+        "no augmentation (LiT, 2111.07991)")
     # the loop
-    add("--negatives", type=int, default=4, help="hard negatives per image and per text (m)")
-    add("--sampling", choices=("softmax", "topk", "random"), default="softmax")
-    add("--distill", choices=("none", "kl", "mse", "margin", "rank"), default="kl")
-    add("--distill-weight", type=float, default=1.0)
+    add("--negatives", type=int, default=4, help="m, hard negatives per image and per text")
+    add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
+    add("--hard-warmup", type=float, default=0.0, help="part of training over which the draw turns "
+        "from any negative to hard ones")
+    add("--distill", choices=("none", "kl", "mse", "margin", "rank"), default="kl", help="objective")
+    add("--distill-weight", type=float, default=1.0, help="in the total loss")
     add("--distill-temperature", type=float, default=1.0, help="divides the teacher's logits")
-    add("--distill-warmup", type=float, default=0.4, help="fraction of training before the "
-        "teacher teaches")
-    add("--contrastive-weight", type=float, default=1.0)
-    add("--matching-weight", type=float, default=1.0, help="0: no cross encoder in training")
+    add("--distill-warmup", type=float, default=0.4, help="part of training before it sets in")
+    add("--contrastive-weight", type=float, default=1.0, help="in the total loss")
+    add("--matching-weight", type=float, default=1.0, help="0 trains the dual encoder alone")
     # optimisation
-    add("--epochs", type=int, default=10)
-    add("--batch-size", type=int, default=256, help="captions with their images")
+    add("--epochs", type=int, default=10, help="passes over all captions")
+    add("--batch-size", type=int, default=256, help="captions, each with its image")
     add("--lr", type=float, default=1e-5, help="peak learning rate of pre-trained parts")
-    add("--fresh-lr", type=float, default=1e-4, help="of parts that no checkpoint holds")
-    add("--warmup-steps", type=int, default=100)
-    add("--weight-decay", type=float, default=0.02)
-    add("--seed", type=int, default=0)
+    add("--fresh-lr", type=float, default=1e-4, help="peak learning rate of the other parts")
+    add("--warmup-steps", type=int, default=100, help="of the learning rate")
+    add("--weight-decay", type=float, default=0.02, help="of matrices, not of biases and norms")
+    add("--seed", type=int, default=0, help="of weights, batches, negatives and augmentation")
     add("--log-every", type=int, default=10, help="steps")
-    # evaluation
-    add("--rerank", default="16", help="shortlist of the cross encoder, or all")
-    # machine
-    add("--device", help="default: CUDA, else MPS, else CPU")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: where "
-        "the device is fast at it)")
-    add("--compile", action="store_true", help="torch.compile the two backbones")
-    data = p.parse_args(argv).data[0]
-    p.set_defaults(**{"toy": dict(
-        image_model=f"{p.parse_args(argv).root}/toy/image-model", text_layers=2, image_size=48,
-        text_model=f"{p.parse_args(argv).root}/toy/text-model", from_scratch=True, augment=False,
-        epochs=8, batch_size=64, lr=1e-3, fresh_lr=1e-3, workers=0), "coco": dict(epochs=5),
-    }.get(data, {}), output=f"runs/{Path(data).stem}")
-    args = p.parse_args(argv)
+    # evaluation and machine
+    add("--rerank", default="16", help="K of each query's shortlist, or all")
+    add("--device", help="CUDA, else MPS, else CPU, if not given")
+    add("--bf16", action=flag, help="bfloat16 autocast; where the device is fast at it, if not given")
+    add("--compile", action="store_true", help="torch.compile the encoders")
+    args = parser.parse_args(argv)
+    presets = {"toy": dict(
+        image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
+        text_layers=2, image_size=48, from_scratch=True, augment=False, epochs=5, batch_size=64,
+        lr=1e-3, fresh_lr=1e-3, workers=0), "coco": dict(epochs=5)}
+    parser.set_defaults(**presets.get(args.data[0], {}))
+    args.output = args.output or str(Path(args.checkpoint).parent if args.checkpoint else
+                                     Path("runs", Path(args.data[0]).stem))
     if args.resume or args.evaluate:
-        path = args.checkpoint or Path(args.output) / ("last.pt" if args.resume else "best.pt")
-        stored = load_checkpoint(path)["args"]
-        here = ("train", "evaluate", "resume", "checkpoint", "device", "bf16", "workers", "output")
-        p.set_defaults(**{name: value for name, value in stored.items() if name not in here})
-        args = p.parse_args(argv)
-    check_arguments(args)
-    return args
+        args.checkpoint = args.checkpoint or f"{args.output}/{'last' if args.resume else 'best'}.pt"
+        parser.set_defaults(**load_checkpoint(args.checkpoint)["args"])
+    here = ("train", "evaluate", "resume", "checkpoint", "output", "device", "bf16", "workers")
+    args = parser.parse_args(argv, argparse.Namespace(**{name: getattr(args, name) for name in here}))
+    return check_arguments(args)
 
 
 def check_arguments(args):
-    """Turn --rerank and --device into what the rest uses; InputError for what cannot work."""
+    """Settle device and bf16; InputError for what cannot work -> args."""
+    args.train = args.train or args.resume
     if args.train == args.evaluate:
-        raise InputError("give one of --train and --evaluate")
+        raise InputError("give --train or --evaluate")
     if args.rerank != "all" and not (args.rerank.isdigit() and int(args.rerank) > 0):
         raise InputError(f"--rerank {args.rerank}: give a number from 1 on, or all")
     if not 1 <= args.negatives < args.batch_size:
-        raise InputError(f"--negatives {args.negatives}: a batch of {args.batch_size} allows "
-                         f"1 to {args.batch_size - 1}")
+        raise InputError(f"--negatives {args.negatives}: a batch of {args.batch_size} has from 1 to "
+                         f"{args.batch_size - 1} for each query")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     args.device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
-    if args.bf16 is None:  # on a CPU without bf16 units autocast is several times slower
-        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
-        args.bf16 = (args.device.startswith("cuda") and torch.cuda.is_bf16_supported()
-                     or args.device == "cpu" and has_amx())
-
-
-def load_splits(args):
-    """-> {"train", "val", "test"} -> Records, as far as this run needs them. Raises InputError
-    when captions or images are missing, before anything is trained."""
-    data, folder, images = args.data[0], Path(args.root) / args.data[0], args.images
-    files = args.data
-    if data == "toy":
-        files = [make_toy_dataset(folder)]
-    elif data in ("flickr30k", "coco"):
-        rows = {"flickr30k": "flickr30k", "coco": "coco_karpathy"}[data]
-        files = [folder / f"dataset_{data}.json"]
-        pictures = folder / "flickr30k-images" if data == "flickr30k" else folder
-        if not files[0].exists():
-            files, pictures = [folder / f"{rows}_{s}.json" for s in ("train", "val", "test")], folder
-        images = images or pictures
-        if not all(file.exists() for file in files):
-            raise InputError(f"{data} is not in {folder}: put dataset_{data}.json (Karpathy) or "
-                             f"{rows}_train.json, _val, _test (ALBEF) there, and the images into "
-                             + (f"{folder}/flickr30k-images" if data == "flickr30k" else
-                                f"{folder}/train2014 and {folder}/val2014"))
-    records = [record for file in files for record in load_captions(file, images)]
-    splits = {name: [record for record in records if record.split == name]
-              for name in (("train", "val", "test") if args.train else ("test",))}
-    for name, part in splits.items():
-        if not part:
-            raise InputError(f"{', '.join(map(str, files))}: the {name} split has no images")
-    missing = [r.image for part in splits.values() for r in part if not os.path.exists(r.image)]
-    if missing:
-        raise InputError(f"{len(missing)} image files are missing, such as "
-                         f"{', '.join(missing[:3])}; --images names the folder they start from")
-    return splits
-
-
-def run(args):
-    """Data, model, training, evaluation, picture: the whole of it."""
-    torch.manual_seed(args.seed)
-    splits = load_splits(args)
-    model, tokenizer, (mean, std) = build_model(
-        args.image_model, args.text_model, args.text_layers, args.embedding, args.temperature,
-        args.from_scratch)
-    model.to(args.device)
-    transforms = [image_transform(args.image_size, mean, std, augment)
-                  for augment in (args.augment, False)]
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    if args.train:
-        train(model, tokenizer, splits, transforms, args)
-    best = args.checkpoint or output / "best.pt"
-    load_weights(model, load_checkpoint(best)["model"], best)
-    result, dual_scores, cross_scores = evaluate(model, tokenizer, splits["test"], transforms[1],
-                                                 args)
-    with open(output / "log.jsonl", "a") as log:
-        write_line(log, split="test", **result)
-    print(f"test: {result['images']} images, {result['texts']} texts; the cross encoder re-ranks "
-          f"the dual encoder's top {result['k']}")
-    print(format_table(result))
-    draw_retrieval(output / "retrieval.png", splits["test"], dual_scores, cross_scores)
-    print(f"wrote {best}, {output}/log.jsonl and {output}/retrieval.png")
+    if args.bf16 is None:  # a CPU without units for bf16 is several times slower with it
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
+        args.bf16 = args.device.startswith("cuda") or args.device == "cpu" and amx()
+    return args
 
 
 def main(argv=None):
-    """Command line entry; -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     try:
-        run(parse_arguments(argv))
+        args = parse_arguments(argv)
+        torch.manual_seed(args.seed)
+        splits = load_splits(args)
+        model, tokenizer, pixel_statistics = build_model(
+            args.image_model, args.text_model, args.text_layers, args.embedding, args.temperature,
+            args.from_scratch)
+        model.to(args.device)
+        if args.compile:
+            model.image_encoder.compile()
+            model.text_encoder.compile()
+        transforms = [image_transform(args.image_size, *pixel_statistics, augment)
+                      for augment in (args.augment, False)]
+        output = Path(args.output)
+        output.mkdir(parents=True, exist_ok=True)
+        best = output / "best.pt" if args.train else args.checkpoint
+        if args.train:
+            train(model, tokenizer, splits, transforms, args)
+        load_weights(model, load_checkpoint(best), best)
+        result, *scores = evaluate(model, tokenizer, splits["test"], transforms[1], args)
+        print_table(result)
+        write_line(args, split="test", step=0, **result)
+        draw_retrieval(output / "retrieval.png", splits["test"], *scores)
+        print(f"see {output}/retrieval.png and log.jsonl; the checkpoint is {best}")
     except InputError as error:
-        # A worker process wraps the message in its traceback; the last line is the message.
+        # A loader process sends its traceback along; the message is in the last line.
         message = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
         print(f"loopitr: {message}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("loopitr: interrupted; --train --resume continues from last.pt", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"loopitr: interrupted; {interrupt}", file=sys.stderr)
         return 130
     return 0
 

@@ -1,0 +1,740 @@
+# SPDX-License-Identifier: MIT
+"""Each function against an oracle written the slow and obvious way, then the real command line on
+tiny data that the tests draw. Offline; `pytest` runs them all."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+
+import loopitr
+from loopitr import (contrastive_loss, distillation_loss, load_captions, loop_losses,
+                     make_toy_dataset, matching_loss, recall_at_k, rerank, sample_hard_negatives)
+
+INF = math.inf
+
+
+def tiny_model(seed=0, text_layers=2):
+    torch.manual_seed(seed)
+    shape = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64, initializer_range=0.2)
+    image = transformers.AutoModel.from_config(
+        transformers.ViTConfig(num_hidden_layers=1, image_size=32, patch_size=16, **shape))
+    text = transformers.AutoModel.from_config(
+        transformers.BertConfig(num_hidden_layers=4, vocab_size=50, **shape))
+    return loopitr.LoopITR(image, text, text_layers, embedding=16).eval()
+
+
+def random_batch(model, images=4, texts=5, length=9, seed=1):
+    """Image tokens, text tokens and a mask with texts of different lengths."""
+    torch.manual_seed(seed)
+    mask = torch.arange(length) < torch.randint(2, length + 1, (texts, 1))
+    ids = torch.randint(5, 50, (texts, length)) * mask
+    pixels = torch.randn(images, 3, 32, 32)
+    return pixels, ids, mask.long()
+
+
+# ------------------------------------------------------------------------------------------------
+# Recall
+
+
+def slow_recall(scores, image_of_text, ks):
+    scores, image_of_text = scores.tolist(), image_of_text.tolist()
+    images, texts = range(len(scores)), range(len(image_of_text))
+    result = {}
+    for k in ks:
+        hits = []
+        for i in images:
+            # A wrong candidate sorts before a right one of the same score.
+            ranked = sorted(texts, key=lambda t: (-scores[i][t], image_of_text[t] == i))
+            hits.append(any(image_of_text[t] == i for t in ranked[:k]))
+        result[f"TR@{k}"] = 100 * sum(hits) / len(hits)
+    for k in ks:
+        hits = []
+        for t in texts:
+            ranked = sorted(images, key=lambda i: (-scores[i][t], image_of_text[t] == i))
+            hits.append(image_of_text[t] in ranked[:k])
+        result[f"IR@{k}"] = 100 * sum(hits) / len(hits)
+    return {**result, "rsum": sum(result.values())}
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])  # few levels make many ties
+@pytest.mark.parametrize("captions", [1, 5])
+def test_recall_equals_sorted_lists(captions, levels):
+    torch.manual_seed(levels)
+    image_of_text = torch.arange(12).repeat_interleave(captions)[torch.randperm(12 * captions)]
+    scores = torch.randint(levels, (12, 12 * captions)).float()
+    ks = (1, 3, 10, 500)  # 500 is more than the gallery holds
+    expected = slow_recall(scores, image_of_text, ks)
+    result = recall_at_k(scores, image_of_text, ks)
+    assert list(result) == list(expected)
+    assert result == pytest.approx(expected, abs=1e-3)
+    assert result["TR@500"] == result["IR@500"] == 100
+
+
+def test_constant_and_nan_scores_earn_nothing():
+    image_of_text = torch.arange(20)
+    for value in (0.5, math.nan):
+        result = recall_at_k(torch.full((20, 20), value), image_of_text)
+        assert result["rsum"] == 0
+
+
+def test_an_image_without_captions_asks_no_question():
+    scores = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    assert recall_at_k(scores, torch.tensor([0, 1]), ks=(1,))["TR@1"] == 100
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses
+
+
+def test_contrastive_loss_spreads_the_target_over_all_positives():
+    torch.manual_seed(0)
+    ids = [0, 1, 0, 2]
+    logits = torch.randn(4, 4)
+
+    def one_way(rows):
+        total = 0
+        for row, own in zip(rows, ids):
+            positives = [j for j, other in enumerate(ids) if other == own]
+            log_sum = math.log(sum(math.exp(v) for v in row))
+            total += sum(log_sum - row[j] for j in positives) / len(positives)
+        return total / len(ids)
+
+    expected = (one_way(logits.tolist()) + one_way(logits.T.tolist())) / 2
+    ids_tensor = torch.tensor(ids)
+    result = contrastive_loss(logits, ids_tensor[:, None] == ids_tensor)
+    assert result.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_contrastive_loss_takes_more_texts_than_images():
+    logits = torch.tensor([[3.0, 2.0, 0.0], [0.0, 1.0, 4.0]])
+    positive = torch.tensor([[True, True, False], [False, False, True]])
+    rows = [(2 * math.log(sum(map(math.exp, (3, 2, 0)))) - 5) / 2,
+            math.log(sum(map(math.exp, (0, 1, 4)))) - 4]
+    columns = [math.log(1 + math.exp(-3)), math.log(1 + math.exp(-1)), math.log(1 + math.exp(-4))]
+    assert contrastive_loss(logits, positive).item() == pytest.approx(
+        (sum(rows) / 2 + sum(columns) / 3) / 2, rel=1e-5)
+
+
+def test_matching_loss_is_the_mean_negative_log_likelihood():
+    logits, labels = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([True, False, False])
+    sigmoid = [1 / (1 + math.exp(-v)) for v in logits.tolist()]
+    expected = -(math.log(sigmoid[0]) + math.log(1 - sigmoid[1]) + math.log(1 - sigmoid[2])) / 3
+    assert matching_loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
+
+
+def slow_distillation(student, teacher, objective, temperature):
+    total = 0
+    for d, c in zip(student.tolist(), teacher.tolist()):
+        c = [value / temperature for value in c]
+        n = len(d)
+        if objective == "kl":
+            p = [math.exp(v) / sum(map(math.exp, c)) for v in c]
+            q = [math.exp(v) / sum(map(math.exp, d)) for v in d]
+            total += sum(a * math.log(a / b) for a, b in zip(p, q))
+        elif objective == "mse":
+            total += sum((a - sum(d) / n - b + sum(c) / n) ** 2 for a, b in zip(d, c)) / n
+        elif objective == "margin":
+            total += sum(((d[0] - d[j]) - (c[0] - c[j])) ** 2 for j in range(1, n)) / (n - 1)
+        else:
+            best_first = sorted(range(1, n), key=lambda j: -c[j])
+            for place, j in enumerate(best_first):
+                rest = sum(math.exp(d[other]) for other in best_first[place:])
+                total -= math.log(math.exp(d[j]) / rest)
+    return total / len(student)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("objective", ["kl", "mse", "margin", "rank"])
+def test_distillation_objectives_equal_their_formulas(objective, temperature):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 5), 3 * torch.randn(6, 5)
+    result = distillation_loss(student, teacher, objective, temperature).item()
+    assert result == pytest.approx(slow_distillation(student, teacher, objective, temperature),
+                                   rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["kl", "mse", "margin", "rank"])
+def test_the_teacher_is_not_taught_and_no_negatives_teach_nothing(objective):
+    student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    distillation_loss(student, teacher, objective).backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+    assert distillation_loss(student[:, :1], teacher[:, :1], objective).item() == 0
+
+
+def test_an_unknown_objective_is_an_error():
+    with pytest.raises(ValueError, match="cosine"):
+        distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), "cosine")
+
+
+# ------------------------------------------------------------------------------------------------
+# Hard negatives
+
+
+@pytest.mark.parametrize("strategy", ["softmax", "topk", "random"])
+@pytest.mark.parametrize("scale", [1.0, 1e6])  # 1e6: logits at a tiny temperature
+def test_hard_negatives_are_distinct_and_never_positive(strategy, scale):
+    torch.manual_seed(0)
+    ids = torch.tensor([0, 0, 1, 2, 3, 4, 5, 0])
+    positive = ids[:, None] == ids
+    similarity = scale * (torch.randn(8, 8) + 10 * positive)  # positives look the most alike
+    for _ in range(50):
+        chosen = sample_hard_negatives(similarity, positive, 5, strategy)
+        assert chosen.shape == (8, 5)
+        assert not positive.gather(1, chosen).any()
+        assert all(len(set(row)) == 5 for row in chosen.tolist())
+
+
+def test_softmax_sampling_has_the_frequencies_of_drawing_without_replacement():
+    logits = [1.0, 0.0, 9.0, -1.0, 0.5]  # number 2 is the positive
+    positive = torch.tensor([[False, False, True, False, False]])
+    weight = {j: math.exp(v) for j, v in enumerate(logits) if j != 2}
+    total = sum(weight.values())
+    expected = {(a, b): weight[a] / total * weight[b] / (total - weight[a])
+                for a in weight for b in weight if a != b}
+    torch.manual_seed(0)
+    draws = 40_000
+    chosen = sample_hard_negatives(torch.tensor([logits]).repeat(draws, 1),
+                                   positive.repeat(draws, 1), 2)
+    counts = Counter(map(tuple, chosen.tolist()))
+    assert set(counts) <= set(expected)
+    for pair, probability in expected.items():
+        error = math.sqrt(probability * (1 - probability) / draws)
+        assert abs(counts[pair] / draws - probability) < 5 * error
+
+
+def test_topk_takes_the_most_similar_and_random_ignores_similarity():
+    similarity = torch.tensor([[5.0, 1.0, 4.0, 3.0]]).repeat(9000, 1)
+    positive = torch.tensor([[True, False, False, False]]).repeat(9000, 1)
+    assert set(map(tuple, sample_hard_negatives(similarity, positive, 2, "topk").tolist())) == {
+        (2, 3)}
+    torch.manual_seed(0)
+    counts = Counter(sample_hard_negatives(similarity, positive, 1, "random").flatten().tolist())
+    assert all(abs(counts[j] / 9000 - 1 / 3) < 0.03 for j in (1, 2, 3))
+
+
+def test_queries_with_too_few_negatives_get_fewer_instead_of_positives():
+    ids = torch.tensor([0, 0, 0, 1])
+    positive = ids[:, None] == ids
+    assert sample_hard_negatives(torch.randn(4, 4), positive, 3).shape == (4, 1)
+    assert sample_hard_negatives(torch.randn(1, 1), torch.ones(1, 1, dtype=bool), 3).shape == (1, 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Model
+
+
+def slow_attention(block, x, source):
+    width = x.shape[1] // block.heads
+    query, key, value = block.query(x), block.key(source), block.value(source)
+    heads = []
+    for h in range(block.heads):
+        part = slice(h * width, (h + 1) * width)
+        weights = (query[:, part] @ key[:, part].T / math.sqrt(width)).softmax(1)
+        heads.append(weights @ value[:, part])
+    return block.norm(x + block.output(torch.cat(heads, 1)))
+
+
+def slow_match(model, image_tokens, text_tokens, attention_mask, image_index, text_index):
+    """Pair by pair, image tokens repeated, padding cut off."""
+    logits = []
+    for i, t in zip(image_index.tolist(), text_index.tolist()):
+        x = text_tokens[t][attention_mask[t].bool()]
+        for layer in model.cross_encoder:
+            x = slow_attention(layer.self_attention, x, x)
+            x = slow_attention(layer.cross_attention, x, image_tokens[i])
+            x = layer.norm(x + layer.down(F.gelu(layer.up(x))))
+        logits.append(model.match_head(x[0])[0])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("text_layers", [1, 3])
+def test_match_equals_pair_by_pair_in_values_and_gradients(text_layers):
+    model = tiny_model(text_layers=text_layers)
+    pixels, ids, mask = random_batch(model)
+    with torch.no_grad():
+        tokens = [model.encode_image(pixels)[0], model.encode_text(ids, mask)[0]]
+    image_index = torch.tensor([3, 0, 0, 3, 1, 0, 3])  # unsorted, uneven, image 2 never
+    text_index = torch.tensor([0, 4, 2, 1, 1, 0, 4])
+    results = []
+    for function in (type(model).match, slow_match):
+        leaves = [t.clone().requires_grad_() for t in tokens]
+        model.zero_grad()
+        logits = function(model, *leaves, mask, image_index, text_index)
+        (logits * torch.arange(1.0, 8.0)).sum().backward()
+        results.append([logits.detach(), *(t.grad for t in leaves),
+                        *(p.grad for p in model.cross_encoder.parameters())])
+    assert results[0][0].std() > 0.01
+    for fast, slow in zip(*results):
+        torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+
+
+def test_text_padding_changes_neither_embedding_nor_match_logit():
+    model = tiny_model()
+    pixels, ids, mask = random_batch(model)
+    image_tokens, _ = model.encode_image(pixels)
+    index = torch.arange(4)
+    short = model.encode_text(ids, mask)
+    ids, mask = F.pad(ids, (0, 6), value=7), F.pad(mask, (0, 6))
+    padded = model.encode_text(ids, mask)
+    torch.testing.assert_close(short[1], padded[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model.match(image_tokens, short[0], mask[:, :-6], index, index),
+        model.match(image_tokens, padded[0], mask, index, index), atol=1e-5, rtol=1e-4)
+
+
+def test_without_cross_attention_the_split_bert_is_still_that_bert():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(num_hidden_layers=4, vocab_size=50, hidden_size=32,
+                                     num_attention_heads=4, intermediate_size=64)
+    bert = transformers.AutoModel.from_config(config).eval()
+    _, ids, mask = random_batch(None)
+    whole = bert(ids, attention_mask=mask).last_hidden_state[:, 0]
+    image = transformers.AutoModel.from_config(transformers.ViTConfig(
+        hidden_size=32, num_attention_heads=4, intermediate_size=64, num_hidden_layers=1))
+    model = loopitr.LoopITR(image, bert, text_layers=1).eval()
+    for layer in model.cross_encoder:
+        layer.cross_attention.forward = lambda x, rows, image_tokens: x
+    seen = []
+    model.match_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    index = torch.arange(len(ids))
+    model.match(torch.zeros(len(ids), 2, 32), model.encode_text(ids, mask)[0], mask, index, index)
+    torch.testing.assert_close(seen[0], whole, atol=1e-5, rtol=1e-4)
+
+
+def test_embeddings_have_unit_length_and_contract_shapes():
+    model = tiny_model()
+    pixels, ids, mask = random_batch(model)
+    tokens, embedding = model.encode_image(pixels)
+    assert tokens.shape == (4, 5, 32) and embedding.shape == (4, 16)
+    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(4))
+    tokens, embedding = model.encode_text(ids, mask)
+    assert tokens.shape == (5, 9, 32) and embedding.shape == (5, 16)
+    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(5))
+    assert model.temperature.shape == () and model.temperature.item() == pytest.approx(0.07)
+
+
+def test_position_embeddings_are_interpolated_to_another_image_size():
+    model = tiny_model()
+    assert model.encode_image(torch.randn(2, 3, 48, 48))[0].shape == (2, 10, 32)
+
+
+def test_one_turn_of_the_loop_equals_the_slow_way():
+    model = tiny_model()
+    pixels, ids, mask = random_batch(model, images=5, texts=5)
+    image_ids, m = torch.tensor([0, 1, 0, 2, 3]), 2  # texts 0 and 2 belong to the same image
+    pixels[2] = pixels[0]
+    losses = loop_losses(model, (pixels, ids, mask, image_ids), m, "topk", "kl", 2.0)
+
+    image_tokens, image = model.encode_image(pixels)
+    text_tokens, text = model.encode_text(ids, mask)
+    dual = image @ text.T / 0.07
+    labels, logits, student, teacher = [], [], [], []
+    every = torch.arange(5)
+    cross = torch.stack([slow_match(model, image_tokens, text_tokens, mask,
+                                    torch.full((5,), i), every) for i in range(5)])
+    for d, c in ((dual, cross), (dual.T, cross.T)):
+        for q in range(5):
+            negatives = [j for j in range(5) if image_ids[j] != image_ids[q]]
+            hard = sorted(negatives, key=lambda j: -d[q, j].item())[:m]
+            student.append(d[q, [q, *hard]])
+            teacher.append(c[q, [q, *hard]])
+            true = [q] if d is dual else []  # the true pairs are in the loss once
+            logits.append(c[q, true + hard])
+            labels += [1] * len(true) + [0] * m
+    student, teacher = torch.stack(student), torch.stack(teacher)
+    expected = {
+        "contrastive": contrastive_loss(dual, image_ids[:, None] == image_ids),
+        "matching": matching_loss(torch.cat(logits), torch.tensor(labels)),
+        "distillation": distillation_loss(student, teacher, "kl", 2.0),
+        "cross_recall": (teacher.argmax(1) == 0).float().mean(),
+        "dual_recall": (image_ids[dual.argmax(1)] == image_ids).float().mean()}
+    assert set(losses) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_distillation_reaches_the_dual_heads_and_not_the_teacher():
+    model = tiny_model()
+    batch = (*random_batch(model, images=5, texts=5), torch.arange(5))
+    loop_losses(model, batch, negatives=2)["distillation"].backward()
+    for part in (model.image_projection, model.text_projection, model.text_encoder):
+        assert sum(p.grad.abs().sum() for p in part.parameters() if p.grad is not None) > 0
+    for part in (model.cross_encoder, model.match_head):
+        assert all(p.grad is None for p in part.parameters())
+
+
+def test_a_batch_of_one_image_trains_without_negatives():
+    model = tiny_model()
+    batch = (*random_batch(model, images=2, texts=2), torch.tensor([3, 3]))
+    losses = loop_losses(model, batch, negatives=2)
+    assert all(value.isfinite() for value in losses.values()) and losses["distillation"] == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Re-ranking
+
+
+@pytest.mark.parametrize("pairs_per_pass", [3, 1000])
+@pytest.mark.parametrize("k", [1, 2, 100])
+def test_rerank_equals_scoring_every_pair_one_by_one(k, pairs_per_pass):
+    model = tiny_model()
+    pixels, ids, mask = random_batch(model, images=6, texts=11)
+    with torch.no_grad():
+        image_tokens, image = model.encode_image(pixels)
+        text_tokens, text = model.encode_text(ids, mask)
+        dual = image @ text.T
+        scores = rerank(model, image_tokens, text_tokens, mask, dual, k, pairs_per_pass)
+        listed = {(i, t) for i in range(6) for t in sorted(range(11), key=lambda t: -dual[i, t])[:k]}
+        listed |= {(i, t) for t in range(11) for i in sorted(range(6), key=lambda i: -dual[i, t])[:k]}
+        for i, t in listed:
+            expected = slow_match(model, image_tokens, text_tokens, mask, torch.tensor([i]),
+                                  torch.tensor([t]))
+            assert scores[i, t].item() == pytest.approx(expected.item(), abs=1e-4)
+    rest = [(i, t) for i in range(6) for t in range(11) if (i, t) not in listed]
+    assert bool(rest) == (k < 6)
+    if rest:
+        assert max(scores[p] for p in rest) < min(scores[p] for p in listed)
+        assert sorted(rest, key=lambda p: scores[p]) == sorted(rest, key=lambda p: dual[p])
+
+
+# ------------------------------------------------------------------------------------------------
+# Loader
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_loader_reads_karpathy_files(tmp_path):
+    entries = [{"filename": f"{n}.jpg", "filepath": "val2014", "split": split, "imgid": n,
+                "sentences": [{"raw": f"  caption {n} {c} \n"} for c in range(n)]}
+               for n, split in ((1, "train"), (7, "restval"), (5, "val"), (2, "test"))]
+    del entries[0]["filepath"]
+    records = load_captions(write_json(tmp_path / "d.json", {"images": entries}), "pictures")
+    assert [r.split for r in records] == ["train", "train", "val", "test"]
+    assert records[0].image == os.path.join("pictures", "1.jpg")
+    assert records[1].image == os.path.join("pictures", "val2014", "7.jpg")
+    assert [len(r.captions) for r in records] == [1, 7, 5, 2]
+    assert records[1].captions[6] == "caption 7 6"
+    assert load_captions(tmp_path / "d.json")[0].image == str(tmp_path / "1.jpg")
+
+
+def test_loader_joins_the_rows_of_one_image(tmp_path):
+    rows = [{"image": "f/a.jpg", "caption": " one ", "image_id": 0},
+            {"image": "f/b.jpg", "caption": "two", "image_id": 1},
+            {"image": "f/a.jpg", "caption": "three", "image_id": 0}]
+    records = load_captions(write_json(tmp_path / "flickr30k_train.json", rows))
+    assert records == [(str(tmp_path / "f/a.jpg"), ["one", "three"], "train"),
+                       (str(tmp_path / "f/b.jpg"), ["two"], "train")]
+    rows = [{"image": "a.jpg", "caption": ["1", "2", " 3", "4 ", "5"]}]
+    records = load_captions(write_json(tmp_path / "coco_karpathy_val.json", rows), "x")
+    assert records == [(os.path.join("x", "a.jpg"), ["1", "2", "3", "4", "5"], "val")]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.json", {"pictures": []}, "unknown form"), ("a_train.json", {"images": [3]}, "unknown form"),
+    ("nothing.json", [{"image": "a.jpg", "caption": "x"}], "in its name"),
+    ("a_val.json", [{"image": "a.jpg", "caption": " "}], "blank"),
+    ("a.json", {"images": [{"filename": "a", "split": "val", "sentences": []}]}, "blank"),
+    ("a.json", "", "Karpathy"), ("a.json", None, "Karpathy")])
+def test_loader_says_what_is_wrong_with_a_file(tmp_path, name, content, message):
+    path = write_json(tmp_path / name, content)
+    if content is None:
+        path.write_text("")
+    with pytest.raises(loopitr.InputError, match=message):
+        load_captions(path)
+
+
+def test_toy_scenes_are_drawn_once_and_say_what_they_show(tmp_path):
+    path = make_toy_dataset(tmp_path / "toy", train=8, val=2, test=3)
+    records = load_captions(path)
+    assert Counter(r.split for r in records) == {"train": 8, "val": 2, "test": 3}
+    assert all(os.path.exists(r.image) and len(set(r.captions)) == 2 for r in records)
+    checked = 0
+    for record in records:  # both objects' colours are in the picture, on the side that is told
+        image = Image.open(record.image)
+        for caption in record.captions:
+            words = caption.split()
+            first, second = words[2], words[-2]
+            if first == second:
+                continue
+            where = {colour: [(x, y) for x in range(48) for y in range(48) if image.getpixel(
+                (x, y)) == loopitr.ImageDraw.ImageColor.getrgb(colour)] for colour in (first, second)}
+            assert all(where.values())
+            axis, sign = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}[words[4]]
+            ends = [[sign * place[axis] for place in where[colour]] for colour in (first, second)]
+            assert max(ends[0]) > min(ends[1])
+            checked += 1
+    assert checked > 10
+    before = path.stat().st_mtime_ns
+    make_toy_dataset(tmp_path / "toy", train=99)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_augmentation_depends_on_seed_epoch_and_item_alone(tmp_path):
+    records = load_captions(make_toy_dataset(tmp_path / "toy", train=8, val=1, test=1))[:8]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "toy" / "text-model")
+    transform = loopitr.image_transform(48, (0.5,) * 3, (0.2,) * 3, augment=True)
+    pairs = loopitr.Pairs(records, loopitr.Images(records, transform), seed=3)
+
+    def pixels(epoch, **options):
+        return [batch[0] for batch in
+                loopitr.training_batches(pairs, tokenizer, 4, epoch, **options)]
+
+    whole = pixels(1)
+    assert len(whole) == 4
+    torch.testing.assert_close(pixels(1, skip=2, workers=1), whole[2:], rtol=0, atol=0)
+    assert not torch.equal(pixels(2)[0], whole[0])
+    assert not torch.equal(pairs[0][0], pairs[1][0])  # the same image, its other caption
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_toy_dataset(folder / "toy", train=40, val=8, test=12)
+    return folder
+
+
+def command(root, output, *more):
+    return ["--root", str(root), "--output", str(output), "--batch-size", "16", "--epochs", "2",
+            "--log-every", "1", "--warmup-steps", "2", "--distill-warmup", "0", *map(str, more)]
+
+
+def log_of(output, key="loss"):
+    lines = [json.loads(line) for line in Path(output, "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def losses_of(output):
+    return [[line[name] for name in ("step", "contrastive", "matching", "distillation", "lr")]
+            for line in log_of(output)]
+
+
+@pytest.fixture(scope="session")
+def trained(root, tmp_path_factory):
+    """The real command, in a process of its own."""
+    output = tmp_path_factory.mktemp("runs") / "toy"
+    script = Path(loopitr.__file__)
+    done = subprocess.run([sys.executable, script, "--train", *command(root, output)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def test_training_writes_checkpoints_log_picture_and_table(trained):
+    output, stdout = trained
+    assert {path.name for path in output.iterdir()} == {"best.pt", "last.pt", "log.jsonl",
+                                                        "retrieval.png"}
+    steps = log_of(output)
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    assert set(steps[0]) >= {"contrastive", "matching", "distillation", "dual_recall",
+                             "cross_recall", "temperature", "lr", "pairs_per_second"}
+    splits = [line["split"] for line in log_of(output, "split")]
+    assert splits == ["val", "val", "test"]  # the test split is touched once, at the end
+    table = stdout.splitlines()
+    head = next(i for i, line in enumerate(table) if "TR@1" in line)
+    assert "top 16" in table[head - 1] and "12 images, 24 texts" in table[head - 1]
+    assert table[head].split() == [*"TR@1 TR@5 TR@10 IR@1 IR@5 IR@10 rsum seconds".split()]
+    for name, line in zip(("dual", "cross"), table[head + 1:]):
+        values = [float(value) for value in line.removeprefix(f"{name} encoder").split()]
+        assert values[6] == pytest.approx(sum(values[:6]), abs=0.5)
+        assert values[:6] == pytest.approx(list(log_of(output, "split")[2][name].values())[:6],
+                                           abs=0.06)
+
+
+def test_the_picture_frames_the_right_image(trained):
+    picture = Image.open(trained[0] / "retrieval.png")
+    colours = dict((colour, count) for count, colour in picture.getcolors(1 << 20))
+    assert colours.get((50, 205, 50), 0) > 500  # lime green frames, 4 pixels wide
+
+
+def test_evaluate_alone_repeats_the_test_result_and_clamps_k(trained, capsys, tmp_path):
+    output, stdout = trained
+    assert loopitr.main(["--evaluate", "--checkpoint", str(output / "best.pt"), "--output",
+                         str(tmp_path), "--rerank", "1000"]) == 0
+    all_pairs = capsys.readouterr().out
+    assert "top 24" in all_pairs
+    assert loopitr.main(["--evaluate", "--checkpoint", str(output / "best.pt"), "--output",
+                         str(tmp_path), "--rerank", "all"]) == 0
+    assert [line.split()[:-1] for line in capsys.readouterr().out.splitlines()[1:4]] == [
+        line.split()[:-1] for line in all_pairs.splitlines()[1:4]]
+    dual = [line.split()[:-1] for text in (stdout, all_pairs) for line in text.splitlines()
+            if line.startswith("dual")]
+    assert dual[0] == dual[1]
+
+
+def test_ctrl_c_then_resume_gives_the_losses_of_an_uninterrupted_run(root, trained, tmp_path,
+                                                                    monkeypatch, capsys):
+    real_step, steps = loopitr.training_step, []
+
+    def step_then_ctrl_c(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 7:  # in the middle of the second epoch, and in the middle of a step
+            os.kill(os.getpid(), signal.SIGINT)
+        return real_step(*args, **kwargs)
+
+    monkeypatch.setattr(loopitr, "training_step", step_then_ctrl_c)
+    assert loopitr.main(["--train", *command(root, tmp_path)]) == 130
+    assert "--resume" in capsys.readouterr().err and len(steps) == 7
+    with open(tmp_path / "log.jsonl", "a") as log:  # a step that came after the checkpoint
+        log.write('{"step": 8, "loss": 0}\n')
+    assert loopitr.main(["--resume", "--output", str(tmp_path)]) == 0
+    assert len(steps) == 10
+    assert losses_of(tmp_path) == losses_of(trained[0])
+    assert log_of(tmp_path, "split")[1]["cross"]["rsum"] == pytest.approx(
+        log_of(trained[0], "split")[1]["cross"]["rsum"])
+
+
+def test_another_seed_gives_another_run(root, trained, tmp_path):
+    assert loopitr.main(["--train", *command(root, tmp_path, "--seed", 1)]) == 0
+    assert losses_of(tmp_path)[0] != losses_of(trained[0])[0]
+
+
+def test_options_of_the_loop_reach_it(root, tmp_path, capsys):
+    assert loopitr.main(["--train", *command(root, tmp_path, "--epochs", 1, "--distill", "none",
+                                             "--negatives", 1, "--sampling", "topk")]) == 0
+    assert "distillation" not in log_of(tmp_path)[0]
+    assert loopitr.main(["--train", *command(root, tmp_path, "--epochs", 1,
+                                             "--matching-weight", 0)]) == 0
+    assert "matching" not in log_of(tmp_path)[0] and len(log_of(tmp_path)) == 5
+    assert loopitr.main(["--train", *command(root, tmp_path, "--epochs", 2, "--distill", "margin",
+                                             "--distill-warmup", 0.5)]) == 0
+    for line in log_of(tmp_path):  # the term sets in after half of the 10 steps
+        parts = line["contrastive"] + line["matching"] + line["distillation"] * (line["step"] > 5)
+        assert line["loss"] == pytest.approx(parts, abs=1e-3)
+
+
+def test_own_captions_and_frozen_image_encoder_from_saved_backbones(root, tmp_path):
+    """Any Karpathy file with pre-trained backbones in local folders."""
+    for kind in ("image", "text"):
+        folder = root / "toy" / f"{kind}-model"
+        config = transformers.AutoConfig.from_pretrained(folder)
+        transformers.AutoModel.from_config(config).save_pretrained(tmp_path / kind)
+    (tmp_path / "text" / "vocab.txt").write_text((folder / "vocab.txt").read_text())
+    arguments = command(root, tmp_path / "run", "--data", root / "toy" / "captions.json",
+                        "--image-model", tmp_path / "image", "--text-model", tmp_path / "text",
+                        "--text-layers", 3, "--image-size", 64, "--workers", 1, "--freeze-image")
+    assert loopitr.main(["--train", *arguments]) == 0
+    saved = loopitr.load_checkpoint(tmp_path / "run" / "best.pt")["model"]
+    start = transformers.AutoModel.from_pretrained(tmp_path / "image").state_dict()
+    for name, tensor in start.items():
+        if "pooler" not in name:
+            torch.testing.assert_close(saved[f"image_encoder.{name}"], tensor, rtol=0, atol=0)
+    assert losses_of(tmp_path / "run")[-1] != losses_of(tmp_path / "run")[0]
+
+
+def test_flickr30k_is_read_from_rows_or_karpathy_where_the_readme_puts_them(root, tmp_path):
+    folder = tmp_path / "flickr30k"
+    (folder / "flickr30k-images").mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        Image.new("RGB", (8, 8)).save(folder / "flickr30k-images" / f"{split}.jpg")
+        write_json(folder / f"flickr30k_{split}.json",
+                   [{"image": f"flickr30k-images/{split}.jpg", "caption": ["a", "b"]}])
+    args = loopitr.parse_arguments(["--train", "--data", "flickr30k", "--root", str(tmp_path)])
+    assert (args.image_size, args.batch_size, args.lr, args.epochs) == (384, 256, 1e-5, 10)
+    rows = loopitr.load_splits(args)
+    assert [len(rows[split][0].captions) for split in ("train", "val", "test")] == [2, 2, 2]
+    write_json(folder / "dataset_flickr30k.json", {"images": [
+        {"filename": f"{split}.jpg", "split": split, "sentences": [{"raw": "c"}]}
+        for split in rows]})
+    karpathy = loopitr.load_splits(args)
+    assert {s: part[0].image for s, part in karpathy.items()} == {
+        s: part[0].image for s, part in rows.items()}
+    assert karpathy["test"][0].captions == ["c"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Errors: one line, exit code 2
+
+
+def fails(capsys, arguments, *messages):
+    code = loopitr.main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    line, = [line for line in error.splitlines() if line.startswith("loopitr:")]
+    assert code == 2 and "Traceback" not in error
+    for message in messages:
+        assert message in line
+    return line
+
+
+def toy_without(root, folder, change):
+    """A copy of the toy captions that `change` has altered; returns the path."""
+    content = json.loads((root / "toy" / "captions.json").read_text())
+    change(content["images"])
+    return write_json(folder / "captions.json", content)
+
+
+def test_errors_of_the_command_line(root, tmp_path, capsys, trained):
+    train = ["--train", *command(root, tmp_path)]
+    best = trained[0] / "best.pt"
+    fails(capsys, [], "--train or --evaluate")
+    fails(capsys, [*train, "--rerank", "0"], "--rerank 0")
+    fails(capsys, [*train, "--rerank", "some"], "--rerank some")
+    fails(capsys, [*train, "--negatives", "16"], "--negatives 16", "15")
+    fails(capsys, [*train, "--batch-size", "100"], "--batch-size 100", "80 captions")
+    fails(capsys, [*train, "--text-layers", "4"], "--text-layers 4")
+    fails(capsys, [*train, "--text-model", tmp_path / "none"], "none")
+    fails(capsys, ["--resume", "--output", tmp_path / "new"], "last.pt", "train first")
+    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "none.pt"], "none.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "text.pt"], "is not a checkpoint")
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "foreign.pt"], "is not a checkpoint")
+    fails(capsys, ["--evaluate", "--checkpoint", best, "--embedding", "32"], "does not fit",
+          "image_projection")
+    fails(capsys, [*train, "--data", "coco"], "dataset_coco.json", "train2014")
+
+
+def test_errors_of_captions_and_images(root, tmp_path, capsys):
+    train = ["--train", *command(root, tmp_path / "out"), "--images", root / "toy", "--image-model",
+             root / "toy" / "image-model", "--text-model", root / "toy" / "text-model",
+             "--text-layers", 2, "--image-size", 48, "--from-scratch", "--data"]
+    fails(capsys, [*train, tmp_path / "none.json"], "none.json")
+    path = toy_without(root, tmp_path, lambda images: [
+        images.remove(entry) for entry in list(images) if entry["split"] == "val"])
+    fails(capsys, [*train, path], "the val split has no images")
+    path = toy_without(root, tmp_path, lambda images: [
+        entry.update(filename=f"gone{n}") for n, entry in enumerate(images[:5])])
+    line = fails(capsys, [*train, path], "5 image files are missing", "gone0", "gone2")
+    assert "gone3" not in line
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    path = toy_without(root, tmp_path, lambda images: images[3].update(
+        filename=str(tmp_path / "broken.png")))
+    for workers in (0, 1):
+        fails(capsys, [*train, path, "--workers", workers], "broken.png", "cannot be read")
+
+
+@pytest.mark.parametrize("what", ["loss", "weight"])
+def test_a_run_that_is_no_longer_finite_keeps_the_last_good_checkpoint(root, tmp_path, capsys,
+                                                                       monkeypatch, what):
+    real_losses, calls = loopitr.loop_losses, []
+
+    def poisoned(model, *args, **kwargs):
+        losses, nan = real_losses(model, *args, **kwargs), float("nan")
+        calls.append(1)
+        if len(calls) == (8 if what == "loss" else 10):  # the last step's harm is in the weights
+            losses["contrastive"] = losses["contrastive"] * nan
+        return losses
+
+    monkeypatch.setattr(loopitr, "loop_losses", poisoned)
+    every = 1 if what == "loss" else 100
+    fails(capsys, ["--train", *command(root, tmp_path, "--log-every", every)], "finite" if
+          what == "weight" else "nan at step 8", "last good checkpoint")
+    kept = loopitr.load_checkpoint(tmp_path / "last.pt")
+    assert kept["state"]["step"] == 5
+    assert all(tensor.isfinite().all() for tensor in kept["model"].values())
