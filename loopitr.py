@@ -68,29 +68,24 @@ def load_captions(path, images=None):
 
     Karpathy's: {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}, ..]}, ..]}.
     ALBEF's and BLIP's rows: [{"image", "caption": string or list}, ..], one file per split, named
-    *train*, *val* or *test*; the rows of one image are joined. `images` is the folder that image
-    paths start from (default: that of `path`). Raises InputError for a file that is missing or of
-    another form, and for blank captions.
+    *train*, *val* or *test*; the rows of one image are joined. `images`: the folder that image
+    paths start from (default: that of `path`). InputError for anything else, and blank captions.
     """
-    images = Path(images or Path(path).parent)
     captions, split_of = {}, {}
-
-    def add(image, split, texts):
-        captions.setdefault(str(images / image), []).extend(text.strip() for text in texts)
-        split_of[str(images / image)] = split
-
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if isinstance(content, dict):
-            for entry in content["images"]:  # restval: what Karpathy left over from COCO's val
-                add(Path(entry.get("filepath", ""), entry["filename"]),
-                    entry["split"].replace("restval", "train"),
-                    [sentence["raw"] for sentence in entry["sentences"]])
+            rows = [(Path(entry.get("filepath", ""), entry["filename"]), entry["split"],
+                     [sentence["raw"] for sentence in entry["sentences"]])
+                    for entry in content["images"]]
         else:
             split, = set(re.findall("train|val|test", Path(path).stem))
-            for row in content:
-                texts = row["caption"]
-                add(row["image"], split, [texts] if isinstance(texts, str) else texts)
+            rows = [(row["image"], split, [row["caption"]] if isinstance(row["caption"], str)
+                     else row["caption"]) for row in content]
+        for image, split, texts in rows:
+            image = str(Path(images or Path(path).parent, image))
+            captions.setdefault(image, []).extend(text.strip() for text in texts)
+            split_of[image] = split.replace("restval", "train")  # rest of COCO's val: for training
     except OSError as error:
         raise InputError(f"cannot read captions file {path}: {error.strerror}") from None
     except (KeyError, TypeError, AttributeError, ValueError):
@@ -109,11 +104,10 @@ def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2
     """Draw scenes of three objects on a 3 x 3 grid, with captions of how two of them lie.
 
     Relations are what one vector per image finds hard and cross-attention finds easy. Writes PNGs,
-    the configurations of two small backbones and, last, captions.json (Karpathy's form), whose
-    path is returned. When that file is there, nothing is drawn again.
+    configurations of two small backbones and, last, captions.json (Karpathy's form) -> its path.
+    When that file is there, nothing is drawn again.
     """
-    folder = Path(folder)
-    target = folder / "captions.json"
+    target = Path(folder, "captions.json")
     if target.exists():
         return target
     polygons = {"square": (4, 0), "diamond": (4, 45), "triangle": (3, 0), "wedge": (3, 180)}
@@ -122,13 +116,12 @@ def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2
     radii = {"small": 4, "large": 7}  # pixels, in a cell of 16, which is one patch of the ViT
     relations = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
     rng, entries = random.Random(seed), []
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    Path(folder, "images").mkdir(parents=True, exist_ok=True)
     for number in tqdm(range(train + val + test), "drawing toy scenes", disable=None):
-        canvas = Image.new("RGB", (48, 48), (40, 40, 40))
-        draw, scene = ImageDraw.Draw(canvas), []
+        canvas, scene = Image.new("RGB", (48, 48), (40, 40, 40)), []
         for cell in rng.sample(range(9), 3):
             size, colour, shape = rng.choice(list(radii)), rng.choice(colours), rng.choice(shapes)
-            (row, column), r = divmod(cell, 3), radii[size]
+            (row, column), r, draw = divmod(cell, 3), radii[size], ImageDraw.Draw(canvas)
             x, y = 16 * column + 8, 16 * row + 8
             if shape in polygons:
                 draw.regular_polygon((x, y, r), *polygons[shape], fill=colour)
@@ -136,51 +129,50 @@ def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2
                 draw.ellipse((x - r, y - r, x + r - 1, y + r - 1), outline=colour, width=2,
                              fill=colour if shape == "circle" else None)
             scene.append((f"a {size} {colour} {shape}", column, row))
-        facts = [f"{a} {words} {b}" for a, ax, ay in scene for b, bx, by in scene
-                 for words, (dx, dy) in relations.items() if (bx - ax) * dx + (by - ay) * dy > 0]
-        split = "train" if number < train else "val" if number < train + val else "test"
-        entries.append({"filename": f"images/{number:05d}.png", "split": split, "sentences":
-                        [{"raw": fact} for fact in rng.sample(sorted(set(facts)), captions_per_image)]})
-        canvas.save(folder / entries[-1]["filename"])
-    # Weights of the usual 0.02 are made for width 768; at 128 they hardly start to learn.
+        facts = {f"{a} {words} {b}" for a, ax, ay in scene for b, bx, by in scene
+                 for words, (dx, dy) in relations.items() if (bx - ax) * dx + (by - ay) * dy > 0}
+        entries.append({"filename": f"images/{number:05d}.png", "split": "train" if number < train
+                        else "val" if number < train + val else "test", "sentences":
+                        [{"raw": fact} for fact in rng.sample(sorted(facts), captions_per_image)]})
+        canvas.save(Path(folder, entries[-1]["filename"]))
+    # transformers draws weights of 0.02, right for width 768; at 128 they hardly start to learn.
     small = dict(hidden_size=128, num_attention_heads=4, intermediate_size=512,
                  initializer_range=128 ** -0.5, hidden_dropout_prob=0.0)
     words = sorted({word for e in entries for s in e["sentences"] for word in s["raw"].split()})
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     transformers.ViTConfig(num_hidden_layers=2, image_size=48, patch_size=16,
-                           **small).save_pretrained(folder / "image-model")
-    transformers.BertConfig(num_hidden_layers=4, vocab_size=len(vocabulary), **small,
-                            attention_probs_dropout_prob=0.0).save_pretrained(folder / "text-model")
-    (folder / "text-model" / "vocab.txt").write_text("\n".join(vocabulary))
+                           **small).save_pretrained(Path(folder, "image-model"))
+    transformers.BertConfig(
+        num_hidden_layers=4, vocab_size=len(vocabulary), attention_probs_dropout_prob=0.0,
+        **small).save_pretrained(Path(folder, "text-model"))
+    Path(folder, "text-model", "vocab.txt").write_text("\n".join(vocabulary))
     target.with_suffix(".part").write_text(json.dumps({"images": entries, "dataset": "toy"}))
     os.replace(target.with_suffix(".part"), target)
     return target
 
 
-def load_splits(args):
-    """-> {"train", "val", "test"}: Records, as far as this run needs them. Raises InputError for
-    missing captions or images, before anything is trained."""
-    name, files, images = args.data[0], args.data, args.images
-    folder = Path(args.root, name)
-    if name == "toy":
+def load_splits(data, root, images, needed):
+    """--data, --root and --images -> {split: Records} for the needed splits. InputError for
+    captions or images that are missing, before anything is trained."""
+    folder, files = Path(root, data[0]), data
+    if data[0] == "toy":
         files = [make_toy_dataset(folder)]
-    elif name in ("flickr30k", "coco"):
-        rows = {"flickr30k": "flickr30k_{}.json", "coco": "coco_karpathy_{}.json"}[name]
+    elif data[0] in ("flickr30k", "coco"):
+        rows, pictures = {"flickr30k": ("flickr30k_{}.json", ["flickr30k-images"]),
+                          "coco": ("coco_karpathy_{}.json", ["train2014", "val2014"])}[data[0]]
         files = [folder / rows.format(split) for split in ("train", "val", "test")]
-        pictures = {"flickr30k": ["flickr30k-images"], "coco": ["train2014", "val2014"]}[name]
-        karpathy = folder / f"dataset_{name}.json"
+        karpathy = folder / f"dataset_{data[0]}.json"
         if karpathy.exists():  # names Flickr's images without their folder
             files, images = [karpathy], images or Path(folder, *pictures[:len(pictures) == 1])
         elif not all(file.exists() for file in files):
             raise InputError(
-                f"{name} is not in {folder}: put {karpathy.name} there, or {rows.format('train')} and "
+                f"{data[0]} is not in {folder}: put {karpathy.name} there, or {files[0].name} with "
                 f"those of val and test, beside the image folder {' and '.join(pictures)}")
     records = [record for file in files for record in load_captions(file, images)]
-    splits = {split: [record for record in records if record.split == split]
-              for split in (("train", "val", "test") if args.train else ("test",))}
-    for split, part in splits.items():
-        if not part:
-            raise InputError(f"{files[0]}: the {split} split has no images")
+    splits = {split: [r for r in records if r.split == split] for split in needed}
+    empty = [split for split, part in splits.items() if not part]
+    if empty:
+        raise InputError(f"{files[0]}: the {empty[0]} split has no images")
     missing = [r.image for part in splits.values() for r in part if not os.path.exists(r.image)]
     if missing:
         raise InputError(f"{len(missing)} image files are missing, such as "
@@ -250,13 +242,15 @@ def tokenize(tokenizer, captions):
     return text["input_ids"], text["attention_mask"]
 
 
-def training_batches(pairs, tokenizer, batch_size, seed, epoch, skip=0, workers=0):
+def training_batches(pairs, tokenizer, batch_size, epoch, skip=0, workers=0):
     """DataLoader of one epoch's batches from number `skip` on, shuffled by seed and epoch alone, so
     that a resumed run meets the same batches. The last, incomplete batch is left out."""
     pairs.epoch = epoch
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1000 * pairs.seed + epoch))
+    generator = torch.Generator().manual_seed(1000 * pairs.seed + epoch)
+    order = torch.randperm(len(pairs), generator=generator)
     batches = order[:len(order) // batch_size * batch_size].view(-1, batch_size).tolist()
-    return DataLoader(pairs, batch_sampler=batches[skip:], num_workers=workers,
+    # With a generator of its own the loader leaves the global one to the model.
+    return DataLoader(pairs, batch_sampler=batches[skip:], num_workers=workers, generator=generator,
                       collate_fn=functools.partial(collate_pairs, tokenizer=tokenizer),
                       worker_init_fn=ignore_interrupt)
 
@@ -270,28 +264,19 @@ def ignore_interrupt(_):
 # Model
 
 
-class Rows(NamedTuple):
-    """Where the tokens of a packed list (V,) stand in padded rows that attend together."""
-    slots: torch.Tensor  # (V,) row * columns + column of each token
-    rows: int
-    columns: int
+def rows_of(row, rows):
+    """Where packed tokens stand in padded rows: row (V,), rising, is the row of each token
+    -> slots (V,) = row * columns + column, rows, columns."""
+    count = torch.bincount(row, minlength=rows)
+    column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    columns = int(count.max())
+    return row * columns + column, rows, columns
 
-    @staticmethod
-    def of(row, rows):
-        """row (V,): the row of each token, in rising order."""
-        count = torch.bincount(row, minlength=rows)
-        column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-        columns = int(count.max())
-        return Rows(row * columns + column, rows, columns)
 
-    def lay_out(self, x):
-        """(V,D) -> (rows,columns,D), zeros where no token stands."""
-        grid = x.new_zeros(self.rows * self.columns, x.shape[1])
-        return grid.index_copy(0, self.slots, x).unflatten(0, (self.rows, self.columns))
-
-    def pack(self, grid):
-        """(rows,columns,D) -> (V,D)"""
-        return grid.flatten(0, 1).index_select(0, self.slots)
+def lay_out(x, slots, rows, columns):
+    """Packed tokens (V,D) -> padded rows (rows,columns,D), zeros where no token stands."""
+    padded = x.new_zeros(rows * columns, x.shape[1]).index_copy(0, slots, x)
+    return padded.unflatten(0, (rows, columns))
 
 
 class Attention(nn.Module):
@@ -314,17 +299,17 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x, rows, source, source_rows=None):
-        """x (V,D) asks, laid out by `rows`; source answers: image tokens (rows,N,D), or packed
-        text tokens laid out by `source_rows` -> (V,D)."""
-        query = rows.lay_out(self.query(x))
-        key, value, mask = self.key(source), self.value(source), None
-        if source_rows is not None:
-            key, value = source_rows.lay_out(key), source_rows.lay_out(value)
-            mask = source_rows.lay_out(torch.ones_like(source[:, :1])).bool().mT[:, None]
+        """x (V,D) asks, laid out in `rows`; source answers: image tokens (rows,N,D), or packed
+        text tokens laid out in `source_rows` -> (V,D). Both rows are of rows_of."""
+        query, key, value, mask = self.query(x), self.key(source), self.value(source), None
+        query = lay_out(query, *rows)
+        if source_rows:
+            key, value = lay_out(key, *source_rows), lay_out(value, *source_rows)
+            mask = lay_out(torch.ones_like(source[:, :1]), *source_rows).bool().mT[:, None]
         query, key, value = (t.unflatten(2, (self.heads, -1)).transpose(1, 2)
                              for t in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        attended = rows.pack(attended.transpose(1, 2).flatten(2))
+        attended = attended.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, rows[0])
         return self.norm(x + self.dropout(self.output(attended)))
 
 
@@ -378,15 +363,14 @@ class LoopITR(nn.Module):
         return self.log_temperature.exp()
 
     def encode_image(self, pixels):
-        """pixels (B,3,H,W) -> tokens (B,N,D), unit embedding (B,E). Takes tokens too, as they are:
-        those of a frozen encoder are computed once."""
-        tokens = pixels
+        """pixels (B,3,H,W), or a frozen encoder's tokens -> tokens (B,N,D), unit embedding (B,E).
+        Position embeddings are interpolated to H and W; DINOv2 does so without being asked."""
+        tokens = pixels.float()
         if pixels.ndim == 4:
-            # Position embeddings are resized at each pass, where the model can do so when asked;
-            # DINOv2 does it unasked.
-            resize = "interpolate_pos_encoding"
-            can = resize in inspect.signature(self.image_encoder.forward).parameters
-            tokens = self.image_encoder(pixels, **{resize: True} if can else {}).last_hidden_state
+            able = "interpolate_pos_encoding" in inspect.signature(
+                self.image_encoder.forward).parameters
+            options = {"interpolate_pos_encoding": True} if able else {}
+            tokens = self.image_encoder(pixels, **options).last_hidden_state
         return tokens, F.normalize(self.image_projection(tokens[:, 0]).float(), dim=-1)
 
     def encode_text(self, input_ids, attention_mask):
@@ -401,59 +385,57 @@ class LoopITR(nn.Module):
         image_index[p] with text text_index[p]. Pairs may come in any order and number.
         """
         order = image_index.argsort(stable=True)  # texts of one image side by side
-        image_index, text_index = image_index[order], text_index[order]
+        image_index, text_index, pairs = image_index[order], text_index[order], len(order)
         pair, position = attention_mask[text_index].nonzero().unbind(1)  # of each real token
         token = text_index[pair] * attention_mask.shape[1] + position
         x = text_tokens.flatten(0, 1).index_select(0, token).float()
         image_tokens = image_tokens.float()
-        text_rows = Rows.of(pair, len(order))
-        image_rows = Rows.of(image_index[pair], len(image_tokens))
+        text_rows = rows_of(pair, pairs)
+        image_rows = rows_of(image_index[pair], len(image_tokens))
         for layer in self.cross_encoder[:-1]:
             x = layer(x, text_rows, image_rows, x, text_rows, image_tokens)
-        # Of the last layer only [CLS] is read, so only [CLS] asks: as if all texts had length 1.
-        x = self.cross_encoder[-1](
-            x[position == 0], Rows.of(torch.arange(len(order), device=x.device), len(order)),
-            Rows.of(image_index, len(image_tokens)), x, text_rows, image_tokens)
+        # Of the last layer only [CLS] is read, so only [CLS] asks: one token of each pair.
+        cls_rows = torch.arange(pairs, device=x.device), pairs, 1
+        x = self.cross_encoder[-1](x[position == 0], cls_rows, rows_of(
+            image_index, len(image_tokens)), x, text_rows, image_tokens)
         return self.match_head(x).squeeze(1).float()[order.argsort()]
 
 
 def rename_bert_layer(name):
     """BERT's (and ALBEF's) name of a tensor in one layer -> its name in CrossLayer."""
-    for pattern, ours in ((r"\bcrossattention\.", "cross_attention."),
-                          (r"\battention\.", "self_attention."),
-                          (r"attention\.self\.", "attention."),
-                          (r"attention\.output\.dense", "attention.output"),
-                          (r"attention\.output\.LayerNorm", "attention.norm"),
-                          (r"^intermediate\.dense", "up"),
-                          (r"^output\.dense", "down"),
-                          (r"^output\.LayerNorm", "norm")):
-        name = re.sub(pattern, ours, name)
+    for theirs, ours in (
+            (r"\bcrossattention", "cross_attention"), (r"\battention", "self_attention"),
+            (r"attention\.self", "attention"), (r"attention\.output\.dense", "attention.output"),
+            (r"attention\.output\.LayerNorm", "attention.norm"), (r"^intermediate\.dense", "up"),
+            (r"^output\.dense", "down"), (r"^output\.LayerNorm", "norm")):
+        name = re.sub(theirs, ours, name)
     return name
 
 
 def build_model(image_model, text_model, text_layers, embedding=256, temperature=0.07,
                 from_scratch=False):
-    """-> LoopITR, tokenizer, pixel mean and std. Names of a hub or local folders, as in
-    transformers; `from_scratch` reads only the configurations and starts from random weights."""
+    """-> LoopITR, tokenizer, (pixel mean, std). The models are names or folders, as transformers
+    takes them; `from_scratch` reads only their configurations and draws random weights."""
     try:
-        encoders = [transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(m))
-                    if from_scratch else transformers.AutoModel.from_pretrained(m)
-                    for m in (image_model, text_model)]
+        image_encoder, text_encoder = (
+            transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
+            if from_scratch else transformers.AutoModel.from_pretrained(name)
+            for name in (image_model, text_model))
         tokenizer = transformers.AutoTokenizer.from_pretrained(text_model)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load {image_model} and {text_model}: "
                          f"{str(error).splitlines()[0]}") from None
-    if not 0 < text_layers < encoders[1].config.num_hidden_layers:
-        raise InputError(f"--text-layers {text_layers}: {text_model} has "
-                         f"{encoders[1].config.num_hidden_layers} layers, and both the text and "
-                         "the cross encoder need at least one")
+    layers = text_encoder.config.num_hidden_layers
+    if not 0 < text_layers < layers:
+        raise InputError(f"--text-layers {text_layers}: {text_model} has {layers}, of which text "
+                         "and cross encoder need at least one each")
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(image_model)
-        mean, std = processor.image_mean, processor.image_std
-    except (OSError, ValueError):  # a folder without preprocessor_config.json: ImageNet's figures
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    model = LoopITR(*encoders, text_layers, embedding, temperature).float()
-    return model, tokenizer, (mean, std)
+        pixel_statistics = processor.image_mean, processor.image_std
+    except (OSError, ValueError):  # the folder has no preprocessor_config.json: ImageNet's figures
+        pixel_statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    model = LoopITR(image_encoder, text_encoder, text_layers, embedding, temperature).float()
+    return model, tokenizer, pixel_statistics
 
 
 # ------------------------------------------------------------------------------------------------
@@ -560,11 +542,11 @@ def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", t
     losses["matching"] = matching_loss(logits, is_positive[image_index, text_index])
 
     # Cross -> dual: both encoders' logits (2B,1+m) of the same candidates, true partner first.
-    def rows_of(pair_logits):
+    def candidates(pair_logits):
         true, negative = pair_logits[:len(own)], pair_logits[len(own):]
         return torch.cat([true.repeat(2)[:, None], negative.view(2 * len(own), m)], dim=1)
 
-    student, teacher = rows_of(similarity[image_index, text_index]), rows_of(logits)
+    student, teacher = candidates(similarity[image_index, text_index]), candidates(logits)
     losses["cross_recall"] = (teacher[:, :1] > teacher[:, 1:]).all(1).float().mean()
     if objective != "none":
         losses["distillation"] = distillation_loss(student, teacher, objective, temperature)
@@ -597,8 +579,10 @@ def training_step(model, batch, optimizer, scheduler, args, progress):
     batch = [part.to(device, non_blocking=True) for part in batch]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
         losses = loop_losses(model, batch, args.negatives, args.sampling, args.distill,
-                             args.distill_temperature, min(1.0, progress / args.hard_warmup) if args.hard_warmup else 1.0,
-                             cross=args.matching_weight > 0)
+                             args.distill_temperature, cross=args.matching_weight > 0,
+                             hardness=1 if progress >= args.hard_warmup else
+                             progress / args.hard_warmup)
+    # An untrained teacher would teach noise, so distillation waits for it.
     weights = {"contrastive": args.contrastive_weight, "matching": args.matching_weight,
                "distillation": args.distill_weight * (progress >= args.distill_warmup)}
     losses["loss"] = sum(weights[name] * losses[name] for name in weights if name in losses)
@@ -630,11 +614,11 @@ def train_epoch(model, batches, optimizer, scheduler, state, args, total_steps):
             losses = training_step(model, batch, optimizer, scheduler, args,
                                    progress=state["step"] / total_steps)
             state["step"] += 1
-            if state["step"] % args.log_every == 0:  # nowhere else does the GPU wait for numbers
+            if state["step"] % args.log_every == 0:  # .item() makes a GPU wait
                 line = {name: round(value.item(), 5) for name, value in losses.items()}
                 if not math.isfinite(line["loss"]):
-                    raise InputError(f"the loss is {line['loss']} at step {state['step']}; the last "
-                                     "good checkpoint is kept: try lower --lr and --fresh-lr")
+                    raise InputError(f"the loss is {line['loss']} at step {state['step']}; the "
+                                     "last good checkpoint is kept: try lower learning rates")
                 batches.set_postfix(line)
                 rate = (state["step"] - since) * args.batch_size / (time.perf_counter() - start)
                 write_line(args, step=state["step"], epoch=state["epoch"], **line,
@@ -668,8 +652,8 @@ def train(model, tokenizer, splits, transforms, args):
         (output / "log.jsonl").unlink(missing_ok=True)
     for state["epoch"] in range(state["epoch"], args.epochs):
         skip = state["step"] - state["epoch"] * per_epoch
-        loader = training_batches(pairs, tokenizer, args.batch_size, args.seed, state["epoch"],
-                                  skip, args.workers)
+        loader = training_batches(pairs, tokenizer, args.batch_size, state["epoch"], skip,
+                                  args.workers)
         bar = tqdm(loader, f"epoch {state['epoch'] + 1}/{args.epochs}", per_epoch, initial=skip,
                    disable=None)
         interrupted = train_epoch(model, bar, optimizer, scheduler, state, args,
@@ -691,47 +675,44 @@ def train(model, tokenizer, splits, transforms, args):
 def save_checkpoint(path, model, args, state, **rest):
     """Write to a temporary file and rename it, so that there is never half a checkpoint."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise InputError("a weight is not finite any more; the last good checkpoint is kept: try "
-                         "lower --lr and --fresh-lr")
+        raise InputError("a weight is no longer finite; the last good checkpoint is kept: try "
+                         "lower learning rates")
     torch.save({"format": "loopitr", "model": model.state_dict(), "args": vars(args),
                 "state": dict(state), **rest}, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
-def load_checkpoint(path):
-    """-> what save_checkpoint wrote, on the CPU; nothing but tensors and plain values is
-    unpickled. Raises InputError when the file is missing or not ours."""
+def load_checkpoint(path, model=None):
+    """-> what save_checkpoint wrote, on the CPU, and the model filled with it. Only tensors and
+    plain values are unpickled. InputError when the file is missing, not ours, or does not fit."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] == "loopitr":
-            return content
+        ours = content["format"] == "loopitr"
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}: train first") from None
     except Exception:  # foreign files make torch.load raise many kinds
-        pass
-    raise InputError(f"{path} is not a checkpoint of loopitr.py")
-
-
-def load_weights(model, checkpoint, path):
-    """Fill the model; InputError when the checkpoint is of another model."""
+        ours = False
+    if not ours:
+        raise InputError(f"{path} is not a checkpoint of loopitr.py")
     try:
-        model.load_state_dict(checkpoint["model"])
+        if model is not None:
+            model.load_state_dict(content["model"])
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise InputError(f"{path} does not fit this model: {reason}") from None
+        raise InputError(f"{path} does not fit this model: "
+                         f"{str(error).splitlines()[1].strip()}") from None
+    return content
 
 
 def resume(output, model, optimizer, scheduler):
-    """Fill model, optimiser, scheduler and RNG from last.pt, cut the log back to its step.
+    """Fill model, optimiser, scheduler and RNG from last.pt and cut the log back to its step
     -> the training state: step, epoch, best."""
-    checkpoint = load_checkpoint(output / "last.pt")
-    load_weights(model, checkpoint, output / "last.pt")
+    checkpoint = load_checkpoint(output / "last.pt", model)
     optimizer.load_state_dict(checkpoint["optimizer"])
     scheduler.load_state_dict(checkpoint["scheduler"])
     torch.set_rng_state(checkpoint["rng"])
-    lines = (output / "log.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line)["step"] <= checkpoint["state"]["step"]]
-    (output / "log.jsonl").write_text("".join(kept))
+    log = output / "log.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(keepends=True)
+                           if json.loads(line)["step"] <= checkpoint["state"]["step"]))
     return checkpoint["state"]
 
 
@@ -844,8 +825,8 @@ def evaluate(model, tokenizer, records, transform, args):
 
 def print_table(result):
     """Print evaluate's result with both encoders side by side."""
-    print(f"{result['images']} images, {result['texts']} texts; the cross encoder re-ranks the dual "
-          f"encoder's top {result['k']}")
+    print(f"{result['images']} images, {result['texts']} texts; the cross encoder re-ranks the "
+          f"dual encoder's top {result['k']}")
     print(" " * 13 + "".join(f"{name:>8}" for name in result["dual"]))
     for name in ("dual", "cross"):
         print(f"{name + ' encoder':13}" + "".join(f"{v:8.1f}" for v in result[name].values()))
@@ -891,9 +872,8 @@ def draw_retrieval(path, records, dual_scores, cross_scores, rows=6, columns=5, 
 # Main
 
 
-def parse_arguments(argv):
-    """The command line. What it leaves open comes from the checkpoint to resume or evaluate, then
-    from the preset of the data set, then from the defaults here: ALBEF's, for one large GPU."""
+def argument_parser():
+    """All options. The defaults are ALBEF's recipe, for one large GPU."""
     flag = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -905,7 +885,7 @@ def parse_arguments(argv):
     add("--checkpoint", help="to evaluate; best.pt of --output if not given")
     add("--output", help="folder of checkpoints, log and picture; runs/DATA if not given")
     # data
-    add("--data", nargs="+", default=["toy"], help="toy, flickr30k, coco or captions file(s)")
+    add("--data", nargs="+", help="toy (if not given), flickr30k, coco or captions file(s)")
     add("--images", help="folder that image paths start from; the captions file's if not given")
     add("--root", default="data", help="folder of toy, flickr30k and coco")
     add("--augment", action=flag, default=True, help="random crop, flip and RandAugment")
@@ -913,19 +893,17 @@ def parse_arguments(argv):
     # model
     add("--image-model", default="facebook/deit-base-patch16-224", help="transformers name or path")
     add("--text-model", default="google-bert/bert-base-uncased", help="a BERT, name or path")
-    add("--text-layers", type=int, default=6, help="of the BERT; the rest become the cross encoder")
+    add("--text-layers", type=int, default=6, help="of the BERT; the rest are the cross encoder")
     add("--image-size", type=int, default=384, help="pixels")
     add("--embedding", type=int, default=256, help="length of the dual encoder's vectors")
     add("--temperature", type=float, default=0.07, help="of the dual logits, at the start")
     add("--from-scratch", action="store_true", help="backbones with random weights")
-    add("--freeze-image", action="store_true", help="image encoder as it is, tokens computed once, "
-        "no augmentation (LiT, 2111.07991)")
+    add("--freeze-image", action="store_true", help="its tokens are computed once (LiT)")
     # the loop
     add("--negatives", type=int, default=4, help="m, hard negatives per image and per text")
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
-    add("--hard-warmup", type=float, default=0.0, help="part of training over which the draw turns "
-        "from any negative to hard ones")
-    add("--distill", choices=("none", "kl", "mse", "margin", "rank"), default="kl", help="objective")
+    add("--hard-warmup", type=float, default=0.0, help="part of training to phase hard ones in")
+    add("--distill", choices=("none", "kl", "mse", "margin", "rank"), default="kl")
     add("--distill-weight", type=float, default=1.0, help="in the total loss")
     add("--distill-temperature", type=float, default=1.0, help="divides the teacher's logits")
     add("--distill-warmup", type=float, default=0.4, help="part of training before it sets in")
@@ -943,40 +921,52 @@ def parse_arguments(argv):
     # evaluation and machine
     add("--rerank", default="16", help="K of each query's shortlist, or all")
     add("--device", help="CUDA, else MPS, else CPU, if not given")
-    add("--bf16", action=flag, help="bfloat16 autocast; where the device is fast at it, if not given")
+    add("--bf16", action=flag, help="autocast; where it is fast, if not given")
     add("--compile", action="store_true", help="torch.compile the encoders")
+    return parser
+
+
+def parse_arguments(argv):
+    """The command line; what it leaves open comes from the checkpoint to resume or evaluate, then
+    from the preset of the data set, then from the defaults."""
+    parser = argument_parser()
     args = parser.parse_args(argv)
-    presets = {"toy": dict(
+    name = args.data[0] if args.data else "toy"
+    presets = {"coco": dict(epochs=5), "toy": dict(
         image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
         text_layers=2, image_size=48, from_scratch=True, augment=False, epochs=5, batch_size=64,
-        lr=1e-3, fresh_lr=1e-3, workers=0), "coco": dict(epochs=5)}
-    parser.set_defaults(**presets.get(args.data[0], {}))
-    args.output = args.output or str(Path(args.checkpoint).parent if args.checkpoint else
-                                     Path("runs", Path(args.data[0]).stem))
+        lr=1e-3, fresh_lr=1e-3, workers=0)}
+    parser.set_defaults(data=["toy"], **presets.get(name, {}))
+    output = args.output or str(Path(args.checkpoint).parent if args.checkpoint else
+                                Path("runs", Path(name).stem))
+    checkpoint = args.checkpoint or f"{output}/{'last' if args.resume else 'best'}.pt"
     if args.resume or args.evaluate:
-        args.checkpoint = args.checkpoint or f"{args.output}/{'last' if args.resume else 'best'}.pt"
-        parser.set_defaults(**load_checkpoint(args.checkpoint)["args"])
-    here = ("train", "evaluate", "resume", "checkpoint", "output", "device", "bf16", "workers")
-    args = parser.parse_args(argv, argparse.Namespace(**{name: getattr(args, name) for name in here}))
-    return check_arguments(args)
+        stored = load_checkpoint(checkpoint)["args"]
+        for name in ("train", "evaluate", "resume", "device", "bf16", "workers",
+                     *(["images"] if args.data else [])):
+            stored.pop(name)
+        parser.set_defaults(**stored)
+    parser.set_defaults(output=output, checkpoint=checkpoint)
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
 
 
 def check_arguments(args):
-    """Settle device and bf16; InputError for what cannot work -> args."""
+    """InputError for what cannot work; settles device and bf16."""
     args.train = args.train or args.resume
     if args.train == args.evaluate:
         raise InputError("give --train or --evaluate")
     if args.rerank != "all" and not (args.rerank.isdigit() and int(args.rerank) > 0):
         raise InputError(f"--rerank {args.rerank}: give a number from 1 on, or all")
     if not 1 <= args.negatives < args.batch_size:
-        raise InputError(f"--negatives {args.negatives}: a batch of {args.batch_size} has from 1 to "
+        raise InputError(f"--negatives {args.negatives}: a batch of {args.batch_size} has 1 to "
                          f"{args.batch_size - 1} for each query")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     args.device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
     if args.bf16 is None:  # a CPU without units for bf16 is several times slower with it
-        amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
-        args.bf16 = args.device.startswith("cuda") or args.device == "cpu" and amx()
-    return args
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        args.bf16 = args.device.startswith("cuda") or args.device == "cpu" and amx
 
 
 def main(argv=None):
@@ -984,7 +974,8 @@ def main(argv=None):
     try:
         args = parse_arguments(argv)
         torch.manual_seed(args.seed)
-        splits = load_splits(args)
+        splits = load_splits(args.data, args.root, args.images,
+                             ("train", "val", "test") if args.train else ("test",))
         model, tokenizer, pixel_statistics = build_model(
             args.image_model, args.text_model, args.text_layers, args.embedding, args.temperature,
             args.from_scratch)
@@ -994,17 +985,16 @@ def main(argv=None):
             model.text_encoder.compile()
         transforms = [image_transform(args.image_size, *pixel_statistics, augment)
                       for augment in (args.augment, False)]
-        output = Path(args.output)
-        output.mkdir(parents=True, exist_ok=True)
-        best = output / "best.pt" if args.train else args.checkpoint
+        Path(args.output).mkdir(parents=True, exist_ok=True)
         if args.train:
             train(model, tokenizer, splits, transforms, args)
-        load_weights(model, load_checkpoint(best), best)
+            args.checkpoint = f"{args.output}/best.pt"
+        step = load_checkpoint(args.checkpoint, model)["state"]["step"]
         result, *scores = evaluate(model, tokenizer, splits["test"], transforms[1], args)
         print_table(result)
-        write_line(args, split="test", step=0, **result)
-        draw_retrieval(output / "retrieval.png", splits["test"], *scores)
-        print(f"see {output}/retrieval.png and log.jsonl; the checkpoint is {best}")
+        write_line(args, split="test", step=step, **result)
+        draw_retrieval(f"{args.output}/retrieval.png", splits["test"], *scores)
+        print(f"checkpoint {args.checkpoint}, picture {args.output}/retrieval.png")
     except InputError as error:
         # A loader process sends its traceback along; the message is in the last line.
         message = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]

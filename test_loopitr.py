@@ -647,12 +647,13 @@ def test_flickr30k_is_read_from_rows_or_karpathy_where_the_readme_puts_them(root
                    [{"image": f"flickr30k-images/{split}.jpg", "caption": ["a", "b"]}])
     args = loopitr.parse_arguments(["--train", "--data", "flickr30k", "--root", str(tmp_path)])
     assert (args.image_size, args.batch_size, args.lr, args.epochs) == (384, 256, 1e-5, 10)
-    rows = loopitr.load_splits(args)
+    splits = ("train", "val", "test")
+    rows = loopitr.load_splits(args.data, args.root, args.images, splits)
     assert [len(rows[split][0].captions) for split in ("train", "val", "test")] == [2, 2, 2]
     write_json(folder / "dataset_flickr30k.json", {"images": [
         {"filename": f"{split}.jpg", "split": split, "sentences": [{"raw": "c"}]}
         for split in rows]})
-    karpathy = loopitr.load_splits(args)
+    karpathy = loopitr.load_splits(args.data, args.root, args.images, splits)
     assert {s: part[0].image for s, part in karpathy.items()} == {
         s: part[0].image for s, part in rows.items()}
     assert karpathy["test"][0].captions == ["c"]
