@@ -25,7 +25,6 @@ V text tokens without padding, D width, E embedding, Q queries, C candidates, m 
 """
 import argparse
 import contextlib
-import functools
 import inspect
 import json
 import math
@@ -208,31 +207,31 @@ class Images(Dataset):
             raise InputError(f"{self.records[i].image} cannot be read as an image") from None
 
 
-class Pairs(Dataset):
-    """Item i: (image, caption, record number) of the i-th caption.
+class Batches(Dataset):
+    """Item s: the batch of training step s, B captions with their images: pixels (B,3,H,W),
+    input_ids (B,L), attention_mask (B,L), image_ids (B,). Every `per_epoch` steps visit all
+    captions once, but for a last, incomplete batch.
 
-    Augmentation draws from a seed of its own for each item, so that it depends neither on the
-    number of workers nor on an interruption before it.
+    Order and augmentation follow from seed and step alone, whatever the number of workers, so that
+    a resumed run meets the same batches.
     """
 
-    def __init__(self, records, images, seed):
+    def __init__(self, records, images, tokenizer, batch_size, seed):
         self.captions = [(number, text) for number, r in enumerate(records) for text in r.captions]
-        self.images, self.seed, self.epoch = images, seed, 0
+        self.images, self.tokenizer = images, tokenizer
+        self.batch_size, self.seed = batch_size, seed
+        self.per_epoch = len(self.captions) // batch_size
 
-    def __len__(self):
-        return len(self.captions)
-
-    def __getitem__(self, i):
-        number, caption = self.captions[i]
+    def __getitem__(self, step):
+        epoch, place = divmod(step, self.per_epoch)
+        generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
+        order = torch.randperm(len(self.captions), generator=generator)
+        numbers, captions = zip(*[self.captions[i] for i in
+                                  order[place * self.batch_size:][:self.batch_size].tolist()])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((1000 * self.seed + self.epoch) * len(self) + i)
-            return self.images[number], caption, number
-
-
-def collate_pairs(items, tokenizer):
-    """-> pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,)."""
-    images, captions, numbers = zip(*items)
-    return torch.stack(images), *tokenize(tokenizer, captions), torch.tensor(numbers)
+            torch.manual_seed(1_000_000 * self.seed + step)
+            pixels = torch.stack([self.images[number] for number in numbers])
+        return pixels, *tokenize(self.tokenizer, captions), torch.tensor(numbers)
 
 
 def tokenize(tokenizer, captions):
@@ -242,21 +241,8 @@ def tokenize(tokenizer, captions):
     return text["input_ids"], text["attention_mask"]
 
 
-def training_batches(pairs, tokenizer, batch_size, epoch, skip=0, workers=0):
-    """DataLoader of one epoch's batches from number `skip` on, shuffled by seed and epoch alone, so
-    that a resumed run meets the same batches. The last, incomplete batch is left out."""
-    pairs.epoch = epoch
-    generator = torch.Generator().manual_seed(1000 * pairs.seed + epoch)
-    order = torch.randperm(len(pairs), generator=generator)
-    batches = order[:len(order) // batch_size * batch_size].view(-1, batch_size).tolist()
-    # With a generator of its own the loader leaves the global one to the model.
-    return DataLoader(pairs, batch_sampler=batches[skip:], num_workers=workers, generator=generator,
-                      collate_fn=functools.partial(collate_pairs, tokenizer=tokenizer),
-                      worker_init_fn=ignore_interrupt)
-
-
 def ignore_interrupt(_):
-    """Ctrl-C reaches the workers too, but only the main process shall answer it."""
+    """Ctrl-C reaches loader processes too, but only the main process shall answer it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -413,14 +399,18 @@ def rename_bert_layer(name):
 
 
 def build_model(image_model, text_model, text_layers, embedding=256, temperature=0.07,
-                from_scratch=False):
+                from_scratch=False, dropout=None):
     """-> LoopITR, tokenizer, (pixel mean, std). The models are names or folders, as transformers
     takes them; `from_scratch` reads only their configurations and draws random weights."""
+    rates = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     try:
+        configs = [transformers.AutoConfig.from_pretrained(image_model),
+                   transformers.AutoConfig.from_pretrained(
+                       text_model, **{} if dropout is None else rates)]
         image_encoder, text_encoder = (
-            transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
-            if from_scratch else transformers.AutoModel.from_pretrained(name)
-            for name in (image_model, text_model))
+            transformers.AutoModel.from_config(config) if from_scratch else
+            transformers.AutoModel.from_pretrained(name, config=config)
+            for name, config in zip((image_model, text_model), configs))
         tokenizer = transformers.AutoTokenizer.from_pretrained(text_model)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load {image_model} and {text_model}: "
@@ -511,10 +501,9 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 
 
 def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", temperature=1.0,
-                hardness=1.0, cross=True):
+                cross=True):
     """One turn of the loop -> dict of scalars: three losses, and how often each encoder ranks the
-    true partner first among its candidates. `cross=False` stops after the dual encoder; `hardness`
-    below 1 flattens the distribution that negatives are drawn from, down to 0, any of them.
+    true partner first among its candidates. `cross=False` stops after the dual encoder.
 
     batch: pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,).
     """
@@ -531,8 +520,8 @@ def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", t
         return losses
 
     # Dual -> cross: m hard texts of each image and m hard images of each text.
-    hard_texts = sample_hard_negatives(hardness * similarity, is_positive, negatives, sampling)
-    hard_images = sample_hard_negatives(hardness * similarity.T, is_positive.T, negatives, sampling)
+    hard_texts = sample_hard_negatives(similarity, is_positive, negatives, sampling)
+    hard_images = sample_hard_negatives(similarity.T, is_positive.T, negatives, sampling)
     m = hard_texts.shape[1]
     own = torch.arange(len(image_ids), device=image_ids.device)
     # The true pairs are scored once and serve both directions.
@@ -578,10 +567,10 @@ def training_step(model, batch, optimizer, scheduler, args, progress):
     device = model.log_temperature.device
     batch = [part.to(device, non_blocking=True) for part in batch]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-        losses = loop_losses(model, batch, args.negatives, args.sampling, args.distill,
-                             args.distill_temperature, cross=args.matching_weight > 0,
-                             hardness=1 if progress >= args.hard_warmup else
-                             progress / args.hard_warmup)
+        # A cross-attention that starts fresh learns nothing from hard negatives alone.
+        sampling = args.sampling if progress >= args.hard_warmup else "random"
+        losses = loop_losses(model, batch, args.negatives, sampling, args.distill,
+                             args.distill_temperature, cross=args.matching_weight > 0)
     # An untrained teacher would teach noise, so distillation waits for it.
     weights = {"contrastive": args.contrastive_weight, "matching": args.matching_weight,
                "distillation": args.distill_weight * (progress >= args.distill_warmup)}
@@ -639,34 +628,40 @@ def train(model, tokenizer, splits, transforms, args):
     output, images = Path(args.output), Images(splits["train"], transforms[0])
     if args.freeze_image:
         model.image_encoder.requires_grad_(False)
-        images = encode_images(model, Images(splits["train"], transforms[1]), args.workers)[0]
-    pairs = Pairs(splits["train"], images, args.seed)
-    per_epoch = len(pairs) // args.batch_size
-    if per_epoch == 0:
-        raise InputError(f"--batch-size {args.batch_size} is more than the {len(pairs)} captions")
-    optimizer, scheduler = make_optimizer(model, args, per_epoch * args.epochs)
+        with torch.autocast(model.log_temperature.device.type, torch.bfloat16, enabled=args.bf16):
+            images = encode_images(model, Images(splits["train"], transforms[1]), args.workers)[0]
+    batches = Batches(splits["train"], images, tokenizer, args.batch_size, args.seed)
+    if batches.per_epoch == 0:
+        raise InputError(f"--batch-size {args.batch_size} is more than the "
+                         f"{len(batches.captions)} captions")
+    total_steps = batches.per_epoch * args.epochs
+    optimizer, scheduler = make_optimizer(model, args, total_steps)
     state = {"step": 0, "epoch": 0, "best": -1.0}
     if args.resume:
         state = resume(output, model, optimizer, scheduler)
     else:
         (output / "log.jsonl").unlink(missing_ok=True)
     for state["epoch"] in range(state["epoch"], args.epochs):
-        skip = state["step"] - state["epoch"] * per_epoch
-        loader = training_batches(pairs, tokenizer, args.batch_size, state["epoch"], skip,
-                                  args.workers)
-        bar = tqdm(loader, f"epoch {state['epoch'] + 1}/{args.epochs}", per_epoch, initial=skip,
-                   disable=None)
-        interrupted = train_epoch(model, bar, optimizer, scheduler, state, args,
-                                  per_epoch * args.epochs)
+        name = f"epoch {state['epoch'] + 1}/{args.epochs}"
+        end = batches.per_epoch * (state["epoch"] + 1)
+        # With a generator of its own the loader leaves the global one to the model.
+        loader = DataLoader(batches, batch_size=None, sampler=range(state["step"], end),
+                            num_workers=args.workers, worker_init_fn=ignore_interrupt,
+                            generator=torch.Generator())
+        interrupted = train_epoch(model, tqdm(loader, name, disable=None), optimizer, scheduler,
+                                  state, args, total_steps)
         # Before the evaluation, so that an interruption there costs no training.
         save_checkpoint(output / "last.pt", model, args, state, optimizer=optimizer.state_dict(),
-                        scheduler=scheduler.state_dict(), rng=torch.get_rng_state())
+                        scheduler=scheduler.state_dict(), rng=torch.get_rng_state(),
+                        cuda_rng=torch.cuda.get_rng_state_all())
         if interrupted:
-            raise KeyboardInterrupt(f"{output}/last.pt is saved, --resume continues from it")
+            raise KeyboardInterrupt(f"and saved: --resume continues from {output}/last.pt")
+        if (state["epoch"] + 1) % args.evaluate_every and state["epoch"] + 1 < args.epochs:
+            continue
         result = evaluate(model, tokenizer, splits["val"], transforms[1], args)[0]
         write_line(args, split="val", step=state["step"], epoch=state["epoch"], **result)
-        tqdm.write(f"epoch {state['epoch'] + 1}/{args.epochs}: rsum on val "
-                   f"{result['dual']['rsum']:.1f} dual, {result['cross']['rsum']:.1f} re-ranked")
+        tqdm.write(f"{name}: rsum on val {result['dual']['rsum']:.1f} dual, "
+                   f"{result['cross']['rsum']:.1f} re-ranked")
         if result["cross"]["rsum"] > state["best"]:
             state["best"] = result["cross"]["rsum"]
             save_checkpoint(output / "best.pt", model, args, state)
@@ -710,6 +705,7 @@ def resume(output, model, optimizer, scheduler):
     optimizer.load_state_dict(checkpoint["optimizer"])
     scheduler.load_state_dict(checkpoint["scheduler"])
     torch.set_rng_state(checkpoint["rng"])
+    torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
     log = output / "log.jsonl"
     log.write_text("".join(line for line in log.read_text().splitlines(keepends=True)
                            if json.loads(line)["step"] <= checkpoint["state"]["step"]))
@@ -898,11 +894,12 @@ def argument_parser():
     add("--embedding", type=int, default=256, help="length of the dual encoder's vectors")
     add("--temperature", type=float, default=0.07, help="of the dual logits, at the start")
     add("--from-scratch", action="store_true", help="backbones with random weights")
+    add("--dropout", type=float, help="of text and cross encoder; the BERT's own if not given")
     add("--freeze-image", action="store_true", help="its tokens are computed once (LiT)")
     # the loop
     add("--negatives", type=int, default=4, help="m, hard negatives per image and per text")
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
-    add("--hard-warmup", type=float, default=0.0, help="part of training to phase hard ones in")
+    add("--hard-warmup", type=float, default=0.0, help="part of training with random ones first")
     add("--distill", choices=("none", "kl", "mse", "margin", "rank"), default="kl")
     add("--distill-weight", type=float, default=1.0, help="in the total loss")
     add("--distill-temperature", type=float, default=1.0, help="divides the teacher's logits")
@@ -918,6 +915,7 @@ def argument_parser():
     add("--weight-decay", type=float, default=0.02, help="of matrices, not of biases and norms")
     add("--seed", type=int, default=0, help="of weights, batches, negatives and augmentation")
     add("--log-every", type=int, default=10, help="steps")
+    add("--evaluate-every", type=int, default=1, help="epochs")
     # evaluation and machine
     add("--rerank", default="16", help="K of each query's shortlist, or all")
     add("--device", help="CUDA, else MPS, else CPU, if not given")
@@ -928,7 +926,7 @@ def argument_parser():
 
 def parse_arguments(argv):
     """The command line; what it leaves open comes from the checkpoint to resume or evaluate, then
-    from the preset of the data set, then from the defaults."""
+    from the preset of the data set, then from the defaults. InputError for what cannot work."""
     parser = argument_parser()
     args = parser.parse_args(argv)
     name = args.data[0] if args.data else "toy"
@@ -948,12 +946,6 @@ def parse_arguments(argv):
         parser.set_defaults(**stored)
     parser.set_defaults(output=output, checkpoint=checkpoint)
     args = parser.parse_args(argv)
-    check_arguments(args)
-    return args
-
-
-def check_arguments(args):
-    """InputError for what cannot work; settles device and bf16."""
     args.train = args.train or args.resume
     if args.train == args.evaluate:
         raise InputError("give --train or --evaluate")
@@ -967,18 +959,20 @@ def check_arguments(args):
     if args.bf16 is None:  # a CPU without units for bf16 is several times slower with it
         amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
         args.bf16 = args.device.startswith("cuda") or args.device == "cpu" and amx
+    return args
 
 
 def main(argv=None):
     """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     try:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
         args = parse_arguments(argv)
         torch.manual_seed(args.seed)
         splits = load_splits(args.data, args.root, args.images,
                              ("train", "val", "test") if args.train else ("test",))
         model, tokenizer, pixel_statistics = build_model(
             args.image_model, args.text_model, args.text_layers, args.embedding, args.temperature,
-            args.from_scratch)
+            args.from_scratch, args.dropout)
         model.to(args.device)
         if args.compile:
             model.image_encoder.compile()
@@ -1001,7 +995,7 @@ def main(argv=None):
         print(f"loopitr: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"loopitr: interrupted; {interrupt}", file=sys.stderr)
+        print(f"loopitr: interrupted {interrupt}".strip(), file=sys.stderr)
         return 130
     return 0
 

@@ -14,13 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from PIL import Image, ImageColor
 
 import loopitr
 from loopitr import (contrastive_loss, distillation_loss, load_captions, loop_losses,
                      make_toy_dataset, matching_loss, recall_at_k, rerank, sample_hard_negatives)
-
-INF = math.inf
 
 
 def tiny_model(seed=0, text_layers=2):
@@ -394,8 +392,10 @@ def test_rerank_equals_scoring_every_pair_one_by_one(k, pairs_per_pass):
         text_tokens, text = model.encode_text(ids, mask)
         dual = image @ text.T
         scores = rerank(model, image_tokens, text_tokens, mask, dual, k, pairs_per_pass)
-        listed = {(i, t) for i in range(6) for t in sorted(range(11), key=lambda t: -dual[i, t])[:k]}
-        listed |= {(i, t) for t in range(11) for i in sorted(range(6), key=lambda i: -dual[i, t])[:k]}
+        listed = {(i, t) for i in range(6)
+                  for t in sorted(range(11), key=lambda t: -dual[i, t])[:k]}
+        listed |= {(i, t) for t in range(11)
+                   for i in sorted(range(6), key=lambda i: -dual[i, t])[:k]}
         for i, t in listed:
             expected = slow_match(model, image_tokens, text_tokens, mask, torch.tensor([i]),
                                   torch.tensor([t]))
@@ -469,10 +469,12 @@ def test_toy_scenes_are_drawn_once_and_say_what_they_show(tmp_path):
             first, second = words[2], words[-2]
             if first == second:
                 continue
-            where = {colour: [(x, y) for x in range(48) for y in range(48) if image.getpixel(
-                (x, y)) == loopitr.ImageDraw.ImageColor.getrgb(colour)] for colour in (first, second)}
+            where = {colour: [(x, y) for x in range(48) for y in range(48)
+                              if image.getpixel((x, y)) == ImageColor.getrgb(colour)]
+                     for colour in (first, second)}
             assert all(where.values())
-            axis, sign = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}[words[4]]
+            axis, sign = {"left": (0, -1), "right": (0, 1), "above": (1, -1),
+                          "below": (1, 1)}[words[4]]
             ends = [[sign * place[axis] for place in where[colour]] for colour in (first, second)]
             assert max(ends[0]) > min(ends[1])
             checked += 1
@@ -482,21 +484,29 @@ def test_toy_scenes_are_drawn_once_and_say_what_they_show(tmp_path):
     assert path.stat().st_mtime_ns == before
 
 
-def test_augmentation_depends_on_seed_epoch_and_item_alone(tmp_path):
-    records = load_captions(make_toy_dataset(tmp_path / "toy", train=8, val=1, test=1))[:8]
+def test_batches_follow_from_seed_and_step_alone(tmp_path):
+    records = load_captions(make_toy_dataset(tmp_path / "toy", train=9, val=1, test=1))[:9]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "toy" / "text-model")
     transform = loopitr.image_transform(48, (0.5,) * 3, (0.2,) * 3, augment=True)
-    pairs = loopitr.Pairs(records, loopitr.Images(records, transform), seed=3)
-
-    def pixels(epoch, **options):
-        return [batch[0] for batch in
-                loopitr.training_batches(pairs, tokenizer, 4, epoch, **options)]
-
-    whole = pixels(1)
-    assert len(whole) == 4
-    torch.testing.assert_close(pixels(1, skip=2, workers=1), whole[2:], rtol=0, atol=0)
-    assert not torch.equal(pixels(2)[0], whole[0])
-    assert not torch.equal(pairs[0][0], pairs[1][0])  # the same image, its other caption
+    images = loopitr.Images(records, transform)
+    batches = loopitr.Batches(records, images, tokenizer, batch_size=4, seed=3)
+    assert batches.per_epoch == 4  # of 18 captions, 2 are left over
+    epochs = [[batches[step] for step in range(start, start + 4)] for start in (0, 4)]
+    seen = [[tuple(ids.tolist()) for batch in epoch for ids in batch[1][:, :9]] for epoch in epochs]
+    assert [len(set(captions)) for captions in seen] == [16, 16] and seen[0] != seen[1]
+    for pixels, _, mask, image_ids in epochs[0]:
+        assert pixels.shape == (4, 3, 48, 48) and mask.shape[0] == 4
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(*epochs))
+    resumed = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(6, 8),
+                                          num_workers=1)
+    for batch, expected in zip(resumed, epochs[1][2:]):
+        for part, expected_part in zip(batch, expected):
+            torch.testing.assert_close(part, expected_part, rtol=0, atol=0)
+    plain = loopitr.Images(records, loopitr.image_transform(48, (0.5,) * 3, (0.2,) * 3))
+    pixels, ids, mask, image_ids = loopitr.Batches(records, plain, tokenizer, 4, seed=3)[0]
+    for image, words, i in zip(pixels, ids, image_ids.tolist()):  # a caption and ITS image
+        assert torch.equal(image, plain[i])
+        assert tokenizer.decode(words, skip_special_tokens=True) in records[i].captions
 
 
 # ------------------------------------------------------------------------------------------------
@@ -617,6 +627,26 @@ def test_options_of_the_loop_reach_it(root, tmp_path, capsys):
     for line in log_of(tmp_path):  # the term sets in after half of the 10 steps
         parts = line["contrastive"] + line["matching"] + line["distillation"] * (line["step"] > 5)
         assert line["loss"] == pytest.approx(parts, abs=1e-3)
+
+
+def test_negatives_are_random_first_and_val_is_evaluated_as_often_as_asked(root, tmp_path,
+                                                                          monkeypatch):
+    real, strategies = loopitr.sample_hard_negatives, []
+    monkeypatch.setattr(loopitr, "sample_hard_negatives", lambda *args: strategies.append(args[3])
+                        or real(*args))
+    assert loopitr.main(["--train", *command(root, tmp_path, "--hard-warmup", 0.3, "--epochs", 3,
+                                             "--evaluate-every", 2, "--dropout", 0.5)]) == 0
+    assert strategies == ["random"] * 2 * 5 + ["softmax"] * 2 * 10  # 0.3 of 15 steps is 4.5
+    assert [line["epoch"] for line in log_of(tmp_path, "split")[:-1]] == [1, 2]
+
+
+def test_dropout_goes_to_the_text_and_the_cross_encoder(root):
+    folders = root / "toy" / "image-model", root / "toy" / "text-model"
+    for rate, expected in ((None, 0.0), (0.25, 0.25)):
+        model, _, _ = loopitr.build_model(*folders, 2, from_scratch=True, dropout=rate)
+        rates = {module.p for part in (model.text_encoder, model.cross_encoder)
+                 for module in part.modules() if isinstance(module, torch.nn.Dropout)}
+        assert rates == {expected}
 
 
 def test_own_captions_and_frozen_image_encoder_from_saved_backbones(root, tmp_path):
