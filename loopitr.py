@@ -221,6 +221,8 @@ class Batches(Dataset):
         self.images, self.tokenizer = images, tokenizer
         self.batch_size, self.seed = batch_size, seed
         self.per_epoch = len(self.captions) // batch_size
+        if not self.per_epoch:
+            raise InputError(f"--batch-size {batch_size}: there are {len(self.captions)} captions")
 
     def __getitem__(self, step):
         epoch, place = divmod(step, self.per_epoch)
@@ -577,6 +579,7 @@ def training_step(model, batch, optimizer, scheduler, args, progress):
     losses["loss"] = sum(weights[name] * losses[name] for name in weights if name in losses)
     optimizer.zero_grad()
     losses["loss"].backward()
+    nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     optimizer.step()
     scheduler.step()
     return losses
@@ -594,8 +597,7 @@ def delayed_interrupt():
 
 
 def train_epoch(model, batches, optimizer, scheduler, state, args, total_steps):
-    """Train on the batches, counting state["step"] and logging every --log-every steps.
-    -> True when Ctrl-C ended it early."""
+    """Train on the batches, counting state["step"] and logging every --log-every steps."""
     model.train()
     start, since = time.perf_counter(), state["step"]
     with delayed_interrupt() as interrupted:
@@ -615,15 +617,14 @@ def train_epoch(model, batches, optimizer, scheduler, state, args, total_steps):
                            lr=scheduler.get_last_lr()[0], pairs_per_second=round(rate, 1))
                 start, since = time.perf_counter(), state["step"]
             if interrupted:
-                return True
-    return False
+                raise KeyboardInterrupt("and saved: --resume continues")
 
 
 def train(model, tokenizer, splits, transforms, args):
     """Train, keeping last.pt (to resume) and best.pt (best re-ranked rsum on val) in --output.
 
-    splits: {"train", "val"} -> Records; transforms: of training and of evaluation. Raises
-    InputError when the loss or a weight is not finite, KeyboardInterrupt once Ctrl-C is saved.
+    splits: {"train", "val"} -> Records; transforms: of training and of evaluation. InputError when
+    the loss or a weight is not finite, KeyboardInterrupt on Ctrl-C; both after saving.
     """
     output, images = Path(args.output), Images(splits["train"], transforms[0])
     if args.freeze_image:
@@ -631,9 +632,6 @@ def train(model, tokenizer, splits, transforms, args):
         with torch.autocast(model.log_temperature.device.type, torch.bfloat16, enabled=args.bf16):
             images = encode_images(model, Images(splits["train"], transforms[1]), args.workers)[0]
     batches = Batches(splits["train"], images, tokenizer, args.batch_size, args.seed)
-    if batches.per_epoch == 0:
-        raise InputError(f"--batch-size {args.batch_size} is more than the "
-                         f"{len(batches.captions)} captions")
     total_steps = batches.per_epoch * args.epochs
     optimizer, scheduler = make_optimizer(model, args, total_steps)
     state = {"step": 0, "epoch": 0, "best": -1.0}
@@ -647,15 +645,21 @@ def train(model, tokenizer, splits, transforms, args):
         # With a generator of its own the loader leaves the global one to the model.
         loader = DataLoader(batches, batch_size=None, sampler=range(state["step"], end),
                             num_workers=args.workers, worker_init_fn=ignore_interrupt,
-                            generator=torch.Generator())
-        interrupted = train_epoch(model, tqdm(loader, name, disable=None), optimizer, scheduler,
-                                  state, args, total_steps)
-        # Before the evaluation, so that an interruption there costs no training.
-        save_checkpoint(output / "last.pt", model, args, state, optimizer=optimizer.state_dict(),
-                        scheduler=scheduler.state_dict(), rng=torch.get_rng_state(),
-                        cuda_rng=torch.cuda.get_rng_state_all())
-        if interrupted:
-            raise KeyboardInterrupt(f"and saved: --resume continues from {output}/last.pt")
+                            generator=torch.Generator(), pin_memory=args.device.startswith("cuda"))
+        stopped = None
+        try:
+            train_epoch(model, tqdm(loader, name, disable=None), optimizer, scheduler, state, args,
+                        total_steps)
+        except (InputError, KeyboardInterrupt) as error:  # neither shall cost what is learned
+            stopped = error
+        # Saved before the evaluation too, so that an interruption there costs no training.
+        if not save_checkpoint(output / "last.pt", model, args, state, rng=torch.get_rng_state(),
+                               optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+                               cuda_rng=torch.cuda.get_rng_state_all()):
+            stopped = stopped or InputError("a weight is no longer finite; the last good checkpoint"
+                                            " is kept: try lower learning rates")
+        if stopped:
+            raise stopped
         if (state["epoch"] + 1) % args.evaluate_every and state["epoch"] + 1 < args.epochs:
             continue
         result = evaluate(model, tokenizer, splits["val"], transforms[1], args)[0]
@@ -668,13 +672,14 @@ def train(model, tokenizer, splits, transforms, args):
 
 
 def save_checkpoint(path, model, args, state, **rest):
-    """Write to a temporary file and rename it, so that there is never half a checkpoint."""
+    """Write to a temporary file and rename it, so that there is never half a checkpoint. -> False,
+    and nothing written, when a weight is not finite."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise InputError("a weight is no longer finite; the last good checkpoint is kept: try "
-                         "lower learning rates")
+        return False
     torch.save({"format": "loopitr", "model": model.state_dict(), "args": vars(args),
                 "state": dict(state), **rest}, f"{path}.part")
     os.replace(f"{path}.part", path)
+    return True
 
 
 def load_checkpoint(path, model=None):
@@ -913,6 +918,7 @@ def argument_parser():
     add("--fresh-lr", type=float, default=1e-4, help="peak learning rate of the other parts")
     add("--warmup-steps", type=int, default=100, help="of the learning rate")
     add("--weight-decay", type=float, default=0.02, help="of matrices, not of biases and norms")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0, help="of weights, batches, negatives and augmentation")
     add("--log-every", type=int, default=10, help="steps")
     add("--evaluate-every", type=int, default=1, help="epochs")

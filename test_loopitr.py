@@ -748,6 +748,11 @@ def test_errors_of_captions_and_images(root, tmp_path, capsys):
         filename=str(tmp_path / "broken.png")))
     for workers in (0, 1):
         fails(capsys, [*train, path, "--workers", workers], "broken.png", "cannot be read")
+    # Nothing is lost: with the image mended, the run goes on from the step before it.
+    step = loopitr.load_checkpoint(tmp_path / "out" / "last.pt")["state"]["step"]
+    Image.new("RGB", (48, 48)).save(tmp_path / "broken.png")
+    assert loopitr.main(["--resume", "--output", str(tmp_path / "out")]) == 0
+    assert [line["step"] for line in log_of(tmp_path / "out")] == list(range(1, 11)) and step < 10
 
 
 @pytest.mark.parametrize("what", ["loss", "weight"])
