@@ -639,13 +639,13 @@ def train(model, tokenizer, splits, transforms, args):
         state = resume(output, model, optimizer, scheduler)
     else:
         (output / "log.jsonl").unlink(missing_ok=True)
-    for state["epoch"] in range(state["epoch"], args.epochs):
-        name = f"epoch {state['epoch'] + 1}/{args.epochs}"
-        end = batches.per_epoch * (state["epoch"] + 1)
+    for epoch in range(state["epoch"], args.epochs):
+        state["epoch"], name = epoch, f"epoch {epoch + 1}/{args.epochs}"
         # With a generator of its own the loader leaves the global one to the model.
-        loader = DataLoader(batches, batch_size=None, sampler=range(state["step"], end),
-                            num_workers=args.workers, worker_init_fn=ignore_interrupt,
-                            generator=torch.Generator(), pin_memory=args.device.startswith("cuda"))
+        loader = DataLoader(batches, batch_size=None, num_workers=args.workers,
+                            sampler=range(state["step"], batches.per_epoch * (epoch + 1)),
+                            worker_init_fn=ignore_interrupt, generator=torch.Generator(),
+                            pin_memory=args.device.startswith("cuda"))
         stopped = None
         try:
             train_epoch(model, tqdm(loader, name, disable=None), optimizer, scheduler, state, args,
@@ -660,10 +660,10 @@ def train(model, tokenizer, splits, transforms, args):
                                             " is kept: try lower learning rates")
         if stopped:
             raise stopped
-        if (state["epoch"] + 1) % args.evaluate_every and state["epoch"] + 1 < args.epochs:
+        if (epoch + 1) % args.evaluate_every and epoch + 1 < args.epochs:
             continue
         result = evaluate(model, tokenizer, splits["val"], transforms[1], args)[0]
-        write_line(args, split="val", step=state["step"], epoch=state["epoch"], **result)
+        write_line(args, split="val", step=state["step"], epoch=epoch, **result)
         tqdm.write(f"{name}: rsum on val {result['dual']['rsum']:.1f} dual, "
                    f"{result['cross']['rsum']:.1f} re-ranked")
         if result["cross"]["rsum"] > state["best"]:
@@ -938,7 +938,7 @@ def parse_arguments(argv):
     name = args.data[0] if args.data else "toy"
     presets = {"coco": dict(epochs=5), "toy": dict(
         image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
-        text_layers=2, image_size=48, from_scratch=True, augment=False, epochs=5, batch_size=64,
+        text_layers=2, image_size=48, from_scratch=True, augment=False, epochs=7, batch_size=64,
         lr=1e-3, fresh_lr=1e-3, workers=0)}
     parser.set_defaults(data=["toy"], **presets.get(name, {}))
     output = args.output or str(Path(args.checkpoint).parent if args.checkpoint else
