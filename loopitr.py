@@ -17,14 +17,14 @@ true pair from those; (4) its logits of the same candidates are distilled into t
     python loopitr.py --evaluate --checkpoint runs/toy/best.pt --rerank all
 
 Left out: masked language modelling, momentum encoders and queues, which serve ALBEF's pre-training
-more than retrieval. Ours, where the paper's abstract and tables are silent: formula, weight,
-temperature and warm-up of the distillation, and m. The rest of the recipe is ALBEF's.
+more than retrieval. The recipe is ALBEF's. Ours, because what we know of the paper is silent: all
+of the distillation but its direction, m, random negatives first, the learning rate of fresh parts,
+gradient clipping, true pairs counted once in the matching loss.
 
 Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
 V text tokens without padding, D width, E embedding, Q queries, C candidates, m hard negatives.
 """
 import argparse
-import contextlib
 import inspect
 import json
 import math
@@ -252,8 +252,8 @@ def ignore_interrupt(_):
 # Model
 
 
-def rows_of(row, rows):
-    """Where packed tokens stand in padded rows: row (V,), rising, is the row of each token
+def layout_of(row, rows):
+    """Where packed tokens stand in padded rows; row (V,), rising, is the row of each token.
     -> slots (V,) = row * columns + column, rows, columns."""
     count = torch.bincount(row, minlength=rows)
     column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
@@ -276,28 +276,28 @@ class Attention(nn.Module):
     texts share it, and never copied per pair.
     """
 
-    def __init__(self, width, source_width, heads, dropout, eps):
+    def __init__(self, config, source_width):
         super().__init__()
-        self.heads = heads
+        width, self.heads = config.hidden_size, config.num_attention_heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(source_width, width)
         self.value = nn.Linear(source_width, width)
         self.output = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
-    def forward(self, x, rows, source, source_rows=None):
-        """x (V,D) asks, laid out in `rows`; source answers: image tokens (rows,N,D), or packed
-        text tokens laid out in `source_rows` -> (V,D). Both rows are of rows_of."""
+    def forward(self, x, layout, source, source_layout=None):
+        """x (V,D): tokens that ask, in rows of `layout`; source: tokens that answer, an image a
+        row (rows,N,D), or packed text tokens in rows of `source_layout` -> (V,D)."""
         query, key, value, mask = self.query(x), self.key(source), self.value(source), None
-        query = lay_out(query, *rows)
-        if source_rows:
-            key, value = lay_out(key, *source_rows), lay_out(value, *source_rows)
-            mask = lay_out(torch.ones_like(source[:, :1]), *source_rows).bool().mT[:, None]
+        query = lay_out(query, *layout)
+        if source_layout:
+            key, value = lay_out(key, *source_layout), lay_out(value, *source_layout)
+            mask = lay_out(torch.ones_like(source[:, :1]), *source_layout).bool().mT[:, None]
         query, key, value = (t.unflatten(2, (self.heads, -1)).transpose(1, 2)
                              for t in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        attended = attended.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, rows[0])
+        attended = attended.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, layout[0])
         return self.norm(x + self.dropout(self.output(attended)))
 
 
@@ -306,19 +306,23 @@ class CrossLayer(nn.Module):
 
     def __init__(self, config, image_width):
         super().__init__()
-        width, eps = config.hidden_size, config.layer_norm_eps
-        heads, dropout = config.num_attention_heads, config.hidden_dropout_prob
-        self.self_attention = Attention(width, width, heads, dropout, eps)
-        self.cross_attention = Attention(width, image_width, heads, dropout, eps)
-        self.up = nn.Linear(width, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, width)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.self_attention = Attention(config, config.hidden_size)
+        self.cross_attention = Attention(config, image_width)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x, text_rows, image_rows, source, source_rows, image_tokens):
-        x = self.self_attention(x, text_rows, source, source_rows)
-        x = self.cross_attention(x, image_rows, image_tokens)
+    def forward(self, x, text_layout, image_layout, texts, texts_layout, image_tokens):
+        """x (V,D): the tokens to compute, all of `texts` or some; texts: all text tokens."""
+        x = self.self_attention(x, text_layout, texts, texts_layout)
+        x = self.cross_attention(x, image_layout, image_tokens)
         return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+
+
+def full_precision(x):
+    """Context without autocast: embeddings and scores in bf16 would tie all over the ranking."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class LoopITR(nn.Module):
@@ -359,12 +363,19 @@ class LoopITR(nn.Module):
                 self.image_encoder.forward).parameters
             options = {"interpolate_pos_encoding": True} if able else {}
             tokens = self.image_encoder(pixels, **options).last_hidden_state
-        return tokens, F.normalize(self.image_projection(tokens[:, 0]).float(), dim=-1)
+        with full_precision(tokens):
+            return tokens, F.normalize(self.image_projection(tokens[:, 0].float()), dim=-1)
 
     def encode_text(self, input_ids, attention_mask):
         """input_ids (B,L), attention_mask (B,L) -> tokens (B,L,D), unit embedding (B,E)."""
         tokens = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
-        return tokens, F.normalize(self.text_projection(tokens[:, 0]).float(), dim=-1)
+        with full_precision(tokens):
+            return tokens, F.normalize(self.text_projection(tokens[:, 0].float()), dim=-1)
+
+    def dual_logits(self, image_embedding, text_embedding):
+        """(I,E), (T,E) -> (I,T)"""
+        with full_precision(image_embedding):
+            return image_embedding @ text_embedding.T / self.temperature
 
     def match(self, image_tokens, text_tokens, attention_mask, image_index, text_index):
         """Cross encoder: match logits (P,), the log-odds that each pair belongs together.
@@ -378,15 +389,16 @@ class LoopITR(nn.Module):
         token = text_index[pair] * attention_mask.shape[1] + position
         x = text_tokens.flatten(0, 1).index_select(0, token).float()
         image_tokens = image_tokens.float()
-        text_rows = rows_of(pair, pairs)
-        image_rows = rows_of(image_index[pair], len(image_tokens))
+        text_layout = layout_of(pair, pairs)
+        image_layout = layout_of(image_index[pair], len(image_tokens))
         for layer in self.cross_encoder[:-1]:
-            x = layer(x, text_rows, image_rows, x, text_rows, image_tokens)
-        # Of the last layer only [CLS] is read, so only [CLS] asks: one token of each pair.
-        cls_rows = torch.arange(pairs, device=x.device), pairs, 1
-        x = self.cross_encoder[-1](x[position == 0], cls_rows, rows_of(
-            image_index, len(image_tokens)), x, text_rows, image_tokens)
-        return self.match_head(x).squeeze(1).float()[order.argsort()]
+            x = layer(x, text_layout, image_layout, x, text_layout, image_tokens)
+        # Of the last layer only [CLS] is read, so only [CLS] is computed: one token of each pair.
+        cls_layout = torch.arange(pairs, device=x.device), pairs, 1
+        x = self.cross_encoder[-1](x[position == 0], cls_layout, layout_of(
+            image_index, len(image_tokens)), x, text_layout, image_tokens)
+        with full_precision(x):
+            return self.match_head(x.float()).squeeze(1)[order.argsort()]
 
 
 def rename_bert_layer(name):
@@ -504,15 +516,16 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 
 def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", temperature=1.0,
                 cross=True):
-    """One turn of the loop -> dict of scalars: three losses, and how often each encoder ranks the
-    true partner first among its candidates. `cross=False` stops after the dual encoder.
+    """One turn of the loop -> dict of scalars: three losses; dual_recall, how often a right text is
+    first among the batch's; cross_recall, how often the true partner is first of its 1 + m
+    candidates. `cross=False` stops after the dual encoder.
 
     batch: pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,).
     """
     pixels, input_ids, attention_mask, image_ids = batch
     image_tokens, image_embedding = model.encode_image(pixels)
     text_tokens, text_embedding = model.encode_text(input_ids, attention_mask)
-    similarity = image_embedding @ text_embedding.T / model.temperature
+    similarity = model.dual_logits(image_embedding, text_embedding)
     # The image decides, not the row: another caption of the same image is a positive too.
     is_positive = image_ids[:, None] == image_ids[None, :]
     losses = {"contrastive": contrastive_loss(similarity, is_positive)}
@@ -549,7 +562,7 @@ def make_optimizer(model, args, total_steps):
     that no pre-trained backbone holds learn at --fresh-lr."""
     groups = {}
     for name, parameter in model.named_parameters():
-        fresh = re.search("cross_attention|projection|match_head|temperature", name)
+        fresh = re.search("cross_attention|_projection|match_head|temperature", name)
         key = (args.fresh_lr if fresh else args.lr, 0.02 if parameter.ndim > 1 else 0)  # lr, decay
         if parameter.requires_grad:
             groups.setdefault(key, []).append(parameter)
@@ -569,7 +582,7 @@ def training_step(model, batch, optimizer, scheduler, args, progress):
     device = model.log_temperature.device
     batch = [part.to(device, non_blocking=True) for part in batch]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-        # A cross-attention that starts fresh learns nothing from hard negatives alone.
+        # A fresh cross-attention gets going on any negatives, and much later on hard ones.
         sampling = args.sampling if progress >= args.hard_warmup else "random"
         losses = loop_losses(model, batch, args.negatives, sampling, args.distill,
                              args.distill_temperature, cross=args.matching_weight > 0)
@@ -579,53 +592,45 @@ def training_step(model, batch, optimizer, scheduler, args, progress):
     losses["loss"] = sum(weights[name] * losses[name] for name in weights if name in losses)
     optimizer.zero_grad()
     losses["loss"].backward()
-    # Ours: at the high learning rates of a fresh cross-attention it diverges without.
-    nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    # At the high learning rates that a fresh cross-attention needs it can collapse without this.
+    if not nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).isfinite():
+        raise InputError(f"loss {losses['loss'].item()} or its gradient is not finite; the weights "
+                         "before it are saved: try lower learning rates")
     optimizer.step()
     scheduler.step()
     return losses
 
 
-@contextlib.contextmanager
-def delayed_interrupt():
-    """Ctrl-C inside fills the list that this gives, instead of breaking off half a step."""
-    pressed = []
-    previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def train_epoch(model, batches, optimizer, scheduler, state, args, total_steps):
-    """Train on the batches, counting state["step"] and logging every --log-every steps."""
+def train_epoch(model, bar, optimizer, scheduler, state, args, total_steps):
+    """Train on the batches of a tqdm bar, counting state["step"] and logging as asked. Ctrl-C waits
+    for the step to end, so that never half a step is saved."""
     model.train()
-    start, since = time.perf_counter(), state["step"]
-    with delayed_interrupt() as interrupted:
-        for batch in batches:
+    start, since, interrupted = time.perf_counter(), state["step"], []
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    try:
+        for batch in bar:
             losses = training_step(model, batch, optimizer, scheduler, args,
                                    progress=state["step"] / total_steps)
             state["step"] += 1
-            if state["step"] % args.log_every == 0:  # .item() makes a GPU wait
+            if state["step"] % args.log_every == 0:
                 line = {name: round(value.item(), 5) for name, value in losses.items()}
-                if not math.isfinite(line["loss"]):
-                    raise InputError(f"the loss is {line['loss']} at step {state['step']}; the "
-                                     "last good checkpoint is kept: try lower learning rates")
-                batches.set_postfix(line)
+                bar.set_postfix(line)
                 rate = (state["step"] - since) * args.batch_size / (time.perf_counter() - start)
                 write_line(args, step=state["step"], epoch=state["epoch"], **line,
                            temperature=round(model.temperature.item(), 5),
-                           lr=scheduler.get_last_lr()[0], pairs_per_second=round(rate, 1))
+                           lr=min(scheduler.get_last_lr()), pairs_per_second=round(rate, 1))
                 start, since = time.perf_counter(), state["step"]
             if interrupted:
                 raise KeyboardInterrupt("and saved: --resume continues")
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def train(model, tokenizer, splits, transforms, args):
     """Train, keeping last.pt (to resume) and best.pt (best re-ranked rsum on val) in --output.
 
     splits: {"train", "val"} -> Records; transforms: of training and of evaluation. InputError when
-    the loss or a weight is not finite, KeyboardInterrupt on Ctrl-C; both after saving.
+    a gradient is not finite, KeyboardInterrupt on Ctrl-C; both after saving.
     """
     output, images = Path(args.output), Images(splits["train"], transforms[0])
     if args.freeze_image:
@@ -653,11 +658,9 @@ def train(model, tokenizer, splits, transforms, args):
         except (InputError, KeyboardInterrupt) as error:  # neither shall cost what is learned
             stopped = error
         # Saved before the evaluation too, so that an interruption there costs no training.
-        if not save_checkpoint(output / "last.pt", model, args, state, rng=torch.get_rng_state(),
-                               optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
-                               cuda_rng=torch.cuda.get_rng_state_all()):
-            stopped = stopped or InputError("a weight is no longer finite; the last good checkpoint"
-                                            " is kept: try lower learning rates")
+        save_checkpoint(output / "last.pt", model, args, state, rng=torch.get_rng_state(),
+                        optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+                        cuda_rng=torch.cuda.get_rng_state_all())
         if stopped:
             raise stopped
         if (epoch + 1) % args.evaluate_every and epoch + 1 < args.epochs:
@@ -673,14 +676,10 @@ def train(model, tokenizer, splits, transforms, args):
 
 
 def save_checkpoint(path, model, args, state, **rest):
-    """Write to a temporary file and rename it, so that there is never half a checkpoint. -> False,
-    and nothing written, when a weight is not finite."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        return False
+    """Write to a temporary file and rename it, so that there is never half a checkpoint."""
     torch.save({"format": "loopitr", "model": model.state_dict(), "args": vars(args),
                 "state": dict(state), **rest}, f"{path}.part")
     os.replace(f"{path}.part", path)
-    return True
 
 
 def load_checkpoint(path, model=None):
@@ -713,8 +712,9 @@ def resume(output, model, optimizer, scheduler):
     torch.set_rng_state(checkpoint["rng"])
     torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
     log = output / "log.jsonl"
-    log.write_text("".join(line for line in log.read_text().splitlines(keepends=True)
-                           if json.loads(line)["step"] <= checkpoint["state"]["step"]))
+    log.write_text("".join(  # the evaluation at the last step will come again
+        line for line in log.read_text().splitlines(keepends=True)
+        if json.loads(line)["step"] + ("split" in line) <= checkpoint["state"]["step"]))
     return checkpoint["state"]
 
 
@@ -755,7 +755,8 @@ def encode_images(model, images, workers=0, batch_size=64):
     at 384 px take 5000 * 577 * 768 * 2 bytes = 4.1 GiB."""
     model.eval()
     tokens, embeddings = [], []
-    for pixels in tqdm(DataLoader(images, batch_size, num_workers=workers), "images", leave=False,
+    for pixels in tqdm(DataLoader(images, batch_size, num_workers=workers,
+                                   worker_init_fn=ignore_interrupt), "images", leave=False,
                        disable=None):
         batch_tokens, embedding = model.encode_image(pixels.to(model.log_temperature.device))
         tokens.append(batch_tokens.half().cpu())
@@ -815,7 +816,7 @@ def evaluate(model, tokenizer, records, transform, args):
     with torch.autocast(model.log_temperature.device.type, torch.bfloat16, enabled=args.bf16):
         image_tokens, images = encode_images(model, Images(records, transform), args.workers)
         text_tokens, mask, texts = encode_texts(model, tokenizer, captions)
-        dual_scores = (images @ texts.T).float()
+        dual_scores = model.dual_logits(images, texts)
         dual = recall_at_k(dual_scores, image_of_text)
         dual["seconds"] = time.perf_counter() - start
         cross_scores = rerank(model, image_tokens, text_tokens, mask, dual_scores, k)
@@ -875,7 +876,7 @@ def draw_retrieval(path, records, dual_scores, cross_scores, rows=6, columns=5, 
 
 
 def argument_parser():
-    """All options. The defaults are ALBEF's recipe, for one large GPU."""
+    """All options. The defaults are for Flickr30K on one large GPU."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -900,11 +901,11 @@ def argument_parser():
     add("--embedding", type=int, default=256, help="length of the dual encoder's vectors")
     add("--from-scratch", action="store_true", help="backbones with random weights")
     add("--dropout", type=float, help="of text and cross encoder; the BERT's own if not given")
-    add("--freeze-image", action="store_true", help="its tokens are computed once (LiT)")
+    add("--freeze-image", action="store_true", help="tokens computed once, not augmented (LiT)")
     # the loop
     add("--negatives", type=int, default=4, help="m, hard negatives per image and per text")
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
-    add("--hard-warmup", type=float, default=0.0, help="part of training with random ones first")
+    add("--hard-warmup", type=float, default=0.3, help="part of training with random ones first")
     add("--distill", choices=("none", "kl", "mse", "margin", "rank"), default="kl")
     add("--distill-weight", type=float, default=1.0, help="in the total loss")
     add("--distill-temperature", type=float, default=1.0, help="divides the teacher's logits")
@@ -934,46 +935,52 @@ def parse_arguments(argv):
     presets = {"coco": dict(epochs=5), "toy": dict(
         image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
         text_layers=2, image_size=48, from_scratch=True, augment=False, epochs=7, batch_size=64,
-        lr=1e-3, fresh_lr=1e-3, workers=0)}
+        lr=1e-3, fresh_lr=1e-3, hard_warmup=0.0, workers=0)}
     parser.set_defaults(data=["toy"], **presets.get(name, {}))
     output = args.output or str(Path(args.checkpoint).parent if args.checkpoint else
                                 Path("runs", Path(name).stem))
     checkpoint = args.checkpoint or f"{output}/{'last' if args.resume else 'best'}.pt"
     if args.resume or args.evaluate:
         stored = load_checkpoint(checkpoint)["args"]
-        for name in ("train", "evaluate", "resume", "device", "bf16", "workers",
-                     *(["images"] if args.data else [])):
-            stored.pop(name)
+        for option in ("train", "evaluate", "resume", "device", *(["images"] if args.data else []),
+                       *(["bf16"] if args.evaluate else [])):
+            stored.pop(option)
         parser.set_defaults(**stored)
     parser.set_defaults(output=output, checkpoint=checkpoint)
     args = parser.parse_args(argv)
     args.train = args.train or args.resume
     if args.train == args.evaluate:
         raise InputError("give --train or --evaluate")
+    if args.resume and args.batch_size != stored["batch_size"]:
+        raise InputError(f"--resume goes on with --batch-size {stored['batch_size']}")
     if args.rerank != "all" and not (args.rerank.isdigit() and int(args.rerank) > 0):
         raise InputError(f"--rerank {args.rerank}: give a number from 1 on, or all")
+    for option in ("epochs", "warmup_steps", "log_every", "evaluate_every"):
+        if getattr(args, option) < 1:
+            raise InputError(f"--{option.replace('_', '-')}: give a number from 1 on")
     if not 1 <= args.negatives < args.batch_size:
         raise InputError(f"--negatives {args.negatives}: a batch of {args.batch_size} has 1 to "
                          f"{args.batch_size - 1} for each query")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     args.device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
     if args.bf16 is None:  # a CPU without units for bf16 is several times slower with it
-        amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-        args.bf16 = args.device.startswith("cuda") or args.device == "cpu" and amx
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # not public; bool() is False
+        args.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda and
+                     args.device.startswith("cuda") else args.device == "cpu" and amx)
     return args
 
 
 def main(argv=None):
     """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     try:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where loaders fork
         args = parse_arguments(argv)
         torch.manual_seed(args.seed)
         splits = load_splits(args.data, args.root, args.images,
                              ("train", "val", "test") if args.train else ("test",))
         model, tokenizer, pixel_statistics = build_model(
             args.image_model, args.text_model, args.text_layers, args.embedding,
-            args.from_scratch, args.dropout)
+            args.from_scratch or args.resume or args.evaluate, args.dropout)
         model.to(args.device)
         transforms = [image_transform(args.image_size, *pixel_statistics, augment)
                       for augment in (args.augment, False)]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Each function against an oracle written the slow and obvious way, then the real command line on
 tiny data that the tests draw. Offline; `pytest` runs them all."""
+import argparse
 import json
 import math
 import os
@@ -301,7 +302,7 @@ def test_without_cross_attention_the_split_bert_is_still_that_bert():
         hidden_size=32, num_attention_heads=4, intermediate_size=64, num_hidden_layers=1))
     model = loopitr.LoopITR(image, bert, text_layers=1).eval()
     for layer in model.cross_encoder:
-        layer.cross_attention.forward = lambda x, rows, image_tokens: x
+        layer.cross_attention.forward = lambda x, layout, image_tokens: x
     seen = []
     model.match_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     index = torch.arange(len(ids))
@@ -319,6 +320,35 @@ def test_embeddings_have_unit_length_and_contract_shapes():
     assert tokens.shape == (5, 9, 32) and embedding.shape == (5, 16)
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(5))
     assert model.temperature.shape == () and model.temperature.item() == pytest.approx(0.07)
+
+
+def test_scores_are_not_rounded_to_bf16_under_autocast():
+    model = tiny_model()
+    pixels, ids, mask = random_batch(model, images=40, texts=40)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        image_tokens, image = model.encode_image(pixels)
+        text_tokens, text = model.encode_text(ids, mask)
+        dual = model.dual_logits(image, text)
+        logits = model.match(image_tokens, text_tokens, mask, torch.arange(40), torch.arange(40))
+    for scores in (dual, logits):
+        assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
+    torch.testing.assert_close(dual, model.dual_logits(*(
+        e.detach() for e in (model.encode_image(pixels)[1], model.encode_text(ids, mask)[1]))),
+        atol=1.0, rtol=0.1)
+
+
+def test_only_parts_that_no_backbone_holds_learn_at_the_fresh_rate():
+    model = tiny_model()
+    args = argparse.Namespace(lr=1e-5, fresh_lr=1e-4, warmup_steps=1)
+    optimizer, _ = loopitr.make_optimizer(model, args, total_steps=10)
+    rate = {id(p): (g["initial_lr"], g["weight_decay"]) for g in optimizer.param_groups
+            for p in g["params"]}
+    rates = {name: rate[id(p)] for name, p in model.named_parameters()}
+    patch = next(name for name in rates if "patch_embeddings" in name and "weight" in name)
+    assert rates[patch] == (1e-5, 0.02)
+    assert rates["cross_encoder.0.self_attention.query.weight"] == (1e-5, 0.02)
+    assert rates["cross_encoder.0.cross_attention.query.weight"] == (1e-4, 0.02)
+    assert rates["image_projection.bias"] == rates["log_temperature"] == (1e-4, 0)
 
 
 def test_position_embeddings_are_interpolated_to_another_image_size():
@@ -716,6 +746,9 @@ def test_errors_of_the_command_line(root, tmp_path, capsys, trained):
     fails(capsys, [], "--train or --evaluate")
     fails(capsys, [*train, "--rerank", "0"], "--rerank 0")
     fails(capsys, [*train, "--rerank", "some"], "--rerank some")
+    for option in ("--epochs", "--warmup-steps", "--log-every", "--evaluate-every"):
+        fails(capsys, [*train, option, "0"], f"{option}: give a number from 1 on")
+    fails(capsys, ["--resume", "--output", trained[0], "--batch-size", "8"], "--batch-size 16")
     fails(capsys, [*train, "--negatives", "16"], "--negatives 16", "15")
     fails(capsys, [*train, "--batch-size", "100"], "--batch-size 100", "80 captions")
     fails(capsys, [*train, "--text-layers", "4"], "--text-layers 4")
@@ -755,22 +788,18 @@ def test_errors_of_captions_and_images(root, tmp_path, capsys):
     assert [line["step"] for line in log_of(tmp_path / "out")] == list(range(1, 11)) and step < 10
 
 
-@pytest.mark.parametrize("what", ["loss", "weight"])
-def test_a_run_that_is_no_longer_finite_keeps_the_last_good_checkpoint(root, tmp_path, capsys,
-                                                                       monkeypatch, what):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(root, tmp_path, capsys,
+                                                                         monkeypatch):
     real_losses, calls = loopitr.loop_losses, []
 
-    def poisoned(model, *args, **kwargs):
-        losses, nan = real_losses(model, *args, **kwargs), float("nan")
+    def poisoned(*args, **kwargs):
+        losses = real_losses(*args, **kwargs)
         calls.append(1)
-        if len(calls) == (8 if what == "loss" else 10):  # the last step's harm is in the weights
-            losses["contrastive"] = losses["contrastive"] * nan
-        return losses
+        factor = math.nan if len(calls) == 8 else 1
+        return {**losses, "contrastive": losses["contrastive"] * factor}
 
     monkeypatch.setattr(loopitr, "loop_losses", poisoned)
-    every = 1 if what == "loss" else 100
-    fails(capsys, ["--train", *command(root, tmp_path, "--log-every", every)], "finite" if
-          what == "weight" else "nan at step 8", "last good checkpoint")
+    fails(capsys, ["--train", *command(root, tmp_path, "--log-every", 100)], "nan", "not finite")
     kept = loopitr.load_checkpoint(tmp_path / "last.pt")
-    assert kept["state"]["step"] == 5
+    assert kept["state"]["step"] == 7
     assert all(tensor.isfinite().all() for tensor in kept["model"].values())
