@@ -626,6 +626,15 @@ def train_epoch(model, bar, optimizer, scheduler, state, args, total_steps):
         signal.signal(signal.SIGINT, previous)
 
 
+def frozen_tokens(model, images, args, epoch):
+    """Tokens (I,N,D) of a frozen image encoder, augmented anew in each epoch, by its number."""
+    device = model.log_temperature.device.type
+    with (torch.random.fork_rng(devices=[]),
+          torch.autocast(device, torch.bfloat16, enabled=args.bf16)):
+        torch.manual_seed(1000 * args.seed + epoch)
+        return encode_images(model, images, args.workers)[0]
+
+
 def train(model, tokenizer, splits, transforms, args):
     """Train, keeping last.pt (to resume) and best.pt (best re-ranked rsum on val) in --output.
 
@@ -635,8 +644,6 @@ def train(model, tokenizer, splits, transforms, args):
     output, images = Path(args.output), Images(splits["train"], transforms[0])
     if args.freeze_image:
         model.image_encoder.requires_grad_(False)
-        with torch.autocast(model.log_temperature.device.type, torch.bfloat16, enabled=args.bf16):
-            images = encode_images(model, Images(splits["train"], transforms[1]), args.workers)[0]
     batches = Batches(splits["train"], images, tokenizer, args.batch_size, args.seed)
     total_steps = batches.per_epoch * args.epochs
     optimizer, scheduler = make_optimizer(model, args, total_steps)
@@ -647,6 +654,8 @@ def train(model, tokenizer, splits, transforms, args):
         (output / "log.jsonl").unlink(missing_ok=True)
     for epoch in range(state["epoch"], args.epochs):
         state["epoch"], name, stopped = epoch, f"epoch {epoch + 1}/{args.epochs}", None
+        if args.freeze_image and (args.augment or batches.images is images):
+            batches.images = frozen_tokens(model, images, args, epoch)
         # With a generator of its own the loader leaves the global one to the model.
         loader = DataLoader(batches, batch_size=None, num_workers=args.workers,
                             sampler=range(state["step"], batches.per_epoch * (epoch + 1)),
@@ -754,14 +763,15 @@ def encode_images(model, images, workers=0, batch_size=64):
     """-> tokens (I,N,D) on the CPU in half precision, embeddings (I,E). COCO's 5,000 test images
     at 384 px take 5000 * 577 * 768 * 2 bytes = 4.1 GiB."""
     model.eval()
-    tokens, embeddings = [], []
-    for pixels in tqdm(DataLoader(images, batch_size, num_workers=workers,
-                                   worker_init_fn=ignore_interrupt), "images", leave=False,
-                       disable=None):
-        batch_tokens, embedding = model.encode_image(pixels.to(model.log_temperature.device))
-        tokens.append(batch_tokens.half().cpu())
+    tokens, embeddings = None, []
+    loader = DataLoader(images, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt)
+    for number, pixels in enumerate(tqdm(loader, "images", leave=False, disable=None)):
+        part, embedding = model.encode_image(pixels.to(model.log_temperature.device))
+        if tokens is None:  # filled in place: torch.cat would hold everything twice for a moment
+            tokens = torch.empty(len(images), *part.shape[1:], dtype=torch.half)
+        tokens[number * batch_size:][:len(part)] = part
         embeddings.append(embedding)
-    return torch.cat(tokens), torch.cat(embeddings)
+    return tokens, torch.cat(embeddings)
 
 
 @torch.no_grad()
@@ -901,7 +911,7 @@ def argument_parser():
     add("--embedding", type=int, default=256, help="length of the dual encoder's vectors")
     add("--from-scratch", action="store_true", help="backbones with random weights")
     add("--dropout", type=float, help="of text and cross encoder; the BERT's own if not given")
-    add("--freeze-image", action="store_true", help="tokens computed once, not augmented (LiT)")
+    add("--freeze-image", action="store_true", help="compute its tokens once an epoch (LiT)")
     # the loop
     add("--negatives", type=int, default=4, help="m, hard negatives per image and per text")
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")

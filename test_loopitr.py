@@ -696,6 +696,14 @@ def test_own_captions_and_frozen_image_encoder_from_saved_backbones(root, tmp_pa
         if "pooler" not in name:
             torch.testing.assert_close(saved[f"image_encoder.{name}"], tensor, rtol=0, atol=0)
     assert losses_of(tmp_path / "run")[-1] != losses_of(tmp_path / "run")[0]
+    # Augmented anew in each epoch, and the same again for the same epoch.
+    args = loopitr.parse_arguments(["--evaluate", "--output", str(tmp_path / "run")])
+    model, _, statistics = loopitr.build_model(args.image_model, args.text_model, 3)
+    images = loopitr.Images(load_captions(root / "toy" / "captions.json")[:5],
+                            loopitr.image_transform(64, *statistics, augment=True))
+    first, second, again = (loopitr.frozen_tokens(model, images, args, n) for n in (0, 1, 0))
+    assert first.shape == (5, 17, 128) and torch.equal(first, again)
+    assert not torch.equal(first, second)
 
 
 def test_flickr30k_is_read_from_rows_or_karpathy_where_the_readme_puts_them(root, tmp_path):
