@@ -672,8 +672,6 @@ def train(model, tokenizer, splits, transforms, args):
                         cuda_rng=torch.cuda.get_rng_state_all())
         if stopped:
             raise stopped
-        if (epoch + 1) % args.evaluate_every and epoch + 1 < args.epochs:
-            continue
         result = evaluate(model, tokenizer, splits["val"], transforms[1], args)[0]
         write_line(args, split="val", step=state["step"], epoch=epoch, **result)
         dual, cross = result["dual"]["rsum"], result["cross"]["rsum"]
@@ -696,34 +694,25 @@ def load_checkpoint(path, model=None):
     plain values are unpickled. InputError when the file is missing, not ours, or does not fit."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        ours = content["format"] == "loopitr"
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}: train first") from None
-    except Exception:  # foreign files make torch.load raise many kinds
-        ours = False
-    if not ours:
-        raise InputError(f"{path} is not a checkpoint of loopitr.py")
-    try:
+        if content["format"] != "loopitr":
+            raise ValueError("written by another program")
         if model is not None:
             model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise InputError(f"{path} does not fit this model: "
-                         f"{str(error).splitlines()[1].strip()}") from None
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint {path}: train first") from None
+    except Exception as error:  # foreign files make torch.load raise many kinds
+        raise InputError(f"{path} is not a checkpoint of loopitr.py or does not fit this model: "
+                         f"{' '.join(str(error).split())[:200]}") from None
     return content
 
 
 def resume(output, model, optimizer, scheduler):
-    """Fill model, optimiser, scheduler and RNG from last.pt and cut the log back to its step
-    -> the training state: step, epoch, best."""
+    """Fill model, optimiser, scheduler and RNG from last.pt -> training state: step, epoch, best."""
     checkpoint = load_checkpoint(output / "last.pt", model)
     optimizer.load_state_dict(checkpoint["optimizer"])
     scheduler.load_state_dict(checkpoint["scheduler"])
     torch.set_rng_state(checkpoint["rng"])
     torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
-    log = output / "log.jsonl"
-    log.write_text("".join(  # the evaluation at the last step will come again
-        line for line in log.read_text().splitlines(keepends=True)
-        if json.loads(line)["step"] + ("split" in line) <= checkpoint["state"]["step"]))
     return checkpoint["state"]
 
 
@@ -781,7 +770,8 @@ def encode_texts(model, tokenizer, captions, batch_size=256):
     text = [part.to(model.log_temperature.device) for part in tokenize(tokenizer, captions)]
     tokens, embeddings = zip(*(model.encode_text(*part)
                                for part in zip(*(part.split(batch_size) for part in text))))
-    return torch.cat([part.half() for part in tokens]), text[1], torch.cat(embeddings)
+    with full_precision(text[1]):  # autocast to bf16 refuses to join halves
+        return torch.cat([part.half() for part in tokens]), text[1], torch.cat(embeddings)
 
 
 @torch.no_grad()
@@ -856,20 +846,14 @@ def draw_retrieval(path, records, dual_scores, cross_scores, rows=6, columns=5, 
     tops = [scores.topk(min(columns, len(records)), dim=0).indices.T
             for scores in (dual_scores, cross_scores)]
     changed = (tops[0][:, 0] != tops[1][:, 0]).nonzero().squeeze(1).tolist()
-    right = torch.tensor([i for i, _ in captions])
-    better, worse = (((tops[a][:, 0] != right) & (tops[b][:, 0] == right)).sum().item()
-                     for a, b in ((0, 1), (1, 0)))
     shown = changed[::max(1, len(changed) // rows)][:rows] or list(range(min(rows, len(captions))))
     font, step = ImageFont.load_default(16), side + 8
-    canvas = Image.new("RGB", (2 * columns * step + 40, 60 + len(shown) * (step + 30)), "white")
+    canvas = Image.new("RGB", (2 * columns * step + 40, 32 + len(shown) * (step + 30)), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((8, 6), f"{len(captions)} test captions: re-ranking put the right image first in "
-              f"{better} where the dual encoder had not, and took it away in {worse}.", "black",
-              font)
-    draw.text((8, 32), "dual encoder's top images", "black", font)
-    draw.text((columns * step + 32, 32), "after re-ranking by the cross encoder", "black", font)
+    draw.text((8, 6), "dual encoder's top images", "black", font)
+    draw.text((columns * step + 32, 6), "after re-ranking by the cross encoder", "black", font)
     for row, text in enumerate(shown):
-        y = 60 + row * (step + 30)
+        y = 32 + row * (step + 30)
         draw.text((8, y), captions[text][1], "black", font)
         for half, top in enumerate(tops):
             for column, i in enumerate(top[text].tolist()):
@@ -930,7 +914,6 @@ def argument_parser():
     add("--warmup-steps", type=int, default=100, help="of the learning rate")
     add("--seed", type=int, default=0, help="of weights, batches, negatives and augmentation")
     add("--log-every", type=int, default=10, help="steps")
-    add("--evaluate-every", type=int, default=1, help="epochs")
     add("--device", help="CUDA, else MPS, else CPU, if not given")
     add("--bf16", action=argparse.BooleanOptionalAction, help="autocast; by device if not given")
     return parser
@@ -945,7 +928,7 @@ def parse_arguments(argv):
     presets = {"coco": dict(epochs=5), "toy": dict(
         image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
         text_layers=2, image_size=48, from_scratch=True, augment=False, epochs=7, batch_size=64,
-        lr=1e-3, fresh_lr=1e-3, hard_warmup=0.0, workers=0)}
+        lr=1e-3, fresh_lr=1e-3, hard_warmup=0.0, workers=0, bf16=False)}
     parser.set_defaults(data=["toy"], **presets.get(name, {}))
     output = args.output or str(Path(args.checkpoint).parent if args.checkpoint else
                                 Path("runs", Path(name).stem))
@@ -965,7 +948,7 @@ def parse_arguments(argv):
         raise InputError(f"--resume goes on with --batch-size {stored['batch_size']}")
     if args.rerank != "all" and not (args.rerank.isdigit() and int(args.rerank) > 0):
         raise InputError(f"--rerank {args.rerank}: give a number from 1 on, or all")
-    for option in ("epochs", "warmup_steps", "log_every", "evaluate_every"):
+    for option in ("epochs", "warmup_steps", "log_every"):
         if getattr(args, option) < 1:
             raise InputError(f"--{option.replace('_', '-')}: give a number from 1 on")
     if not 1 <= args.negatives < args.batch_size:
@@ -973,10 +956,10 @@ def parse_arguments(argv):
                          f"{args.batch_size - 1} for each query")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     args.device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
-    if args.bf16 is None:  # a CPU without units for bf16 is several times slower with it
-        amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # not public; bool() is False
-        args.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda and
-                     args.device.startswith("cuda") else args.device == "cpu" and amx)
+    if args.bf16 is None:  # hardware without units for bf16 is several times slower with it
+        args.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False)
+                     if args.device.startswith("cuda") else args.device == "cpu" and
+                     getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # bool() is False
     return args
 
 
