@@ -180,11 +180,14 @@ def load_splits(data, root, images, needed):
 
 
 def image_transform(size, mean, std, augment=False):
-    """PIL image -> tensor (3,size,size). Augments as ALBEF does, except that torchvision's
-    RandAugment also changes colours."""
-    bicubic = InterpolationMode.BICUBIC
+    """PIL image -> tensor (3,size,size), augmented as by ALBEF."""
+    bicubic, random_change = InterpolationMode.BICUBIC, v2.RandAugment(num_ops=2, magnitude=7)
+    # Captions name colours, so ALBEF leaves out what changes them.
+    random_change._AUGMENTATION_SPACE = {
+        name: change for name, change in random_change._AUGMENTATION_SPACE.items()
+        if name not in ("Color", "Contrast", "Posterize", "Solarize")}
     steps = ([v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
-              v2.RandomHorizontalFlip(), v2.RandAugment(num_ops=2, magnitude=7)] if augment
+              v2.RandomHorizontalFlip(), random_change] if augment
              else [v2.Resize((size, size), interpolation=bicubic)])
     return v2.Compose([*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
                        v2.Normalize(mean, std)])
@@ -296,7 +299,10 @@ class Attention(nn.Module):
             mask = lay_out(torch.ones_like(source[:, :1]), *source_layout).bool().mT[:, None]
         query, key, value = (t.unflatten(2, (self.heads, -1)).transpose(1, 2)
                              for t in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        if x.device.type == "cpu":  # where this kernel's backward is slower in bf16 than in fp32
+            query, key, value = query.float(), key.float(), value.float()
+        with torch.autocast("cpu", enabled=False):
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended = attended.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, layout[0])
         return self.norm(x + self.dropout(self.output(attended)))
 
