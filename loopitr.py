@@ -19,7 +19,7 @@ true pair from those; (4) its logits of the same candidates are distilled into t
 Left out: masked language modelling, momentum encoders and queues, which serve ALBEF's pre-training
 more than retrieval. The recipe is ALBEF's. Ours, because what we know of the paper is silent: all
 of the distillation but its direction, m, random negatives first, the learning rate of fresh parts,
-gradient clipping, true pairs counted once in the matching loss.
+gradient clipping, true pairs counted once in the matching loss, dual logits added in re-ranking.
 
 Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
 V text tokens without padding, D width, E embedding, Q queries, C candidates, m hard negatives.
@@ -781,13 +781,16 @@ def encode_texts(model, tokenizer, captions, batch_size=256):
 
 
 @torch.no_grad()
-def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, pairs_per_pass=2048):
+def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dual_weight=0.0,
+           pairs_per_pass=2048):
     """Cross encoder over the union of both directions' shortlists, each pair scored once.
 
     image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L), dual_scores (I,T); the top k
     texts of each image and the top k images of each text are taken (all, if k is larger).
-    -> scores (I,T) in double precision on the CPU: match logits on the shortlists, everything
-    else below them in dual order.
+    -> scores (I,T) in double precision on the CPU: match logits plus dual_weight * dual logits on
+    the shortlists, everything else below them in dual order. Against negatives drawn from the
+    softmax of dual logits, match logits learn what those do not say, log p / q instead of log p:
+    a weight near 1 adds log q back (ours, from noise-contrastive estimation; BLIP adds it too).
     """
     model.eval()
     shortlisted = torch.zeros_like(dual_scores, dtype=torch.bool)
@@ -801,8 +804,8 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, pai
         tokens = image_tokens[first:last + 1].to(text_tokens.device)
         logits.append(model.match(tokens, text_tokens, attention_mask, image_index - first,
                                   text_index))
-    logits = torch.cat(logits).cpu().double()
     scores = dual_scores.cpu().double()
+    logits = torch.cat(logits).cpu().double() + dual_weight * scores[shortlisted.cpu()]
     scores += logits.min() - scores.max() - 1
     scores[shortlisted.cpu()] = logits
     return scores
@@ -825,7 +828,8 @@ def evaluate(model, tokenizer, records, transform, args):
         dual_scores = model.dual_logits(images, texts)
         dual = recall_at_k(dual_scores, image_of_text)
         dual["seconds"] = time.perf_counter() - start
-        cross_scores = rerank(model, image_tokens, text_tokens, mask, dual_scores, k)
+        cross_scores = rerank(model, image_tokens, text_tokens, mask, dual_scores, k,
+                              args.dual_weight)
     cross = recall_at_k(cross_scores, image_of_text)
     cross["seconds"] = time.perf_counter() - start
     result = dict(images=len(records), texts=len(captions), k=k, dual=dual, cross=cross)
@@ -887,6 +891,7 @@ def argument_parser():
     add("--checkpoint", help="to evaluate; best.pt of --output if not given")
     add("--output", help="folder of checkpoints, log and picture; runs/DATA if not given")
     add("--rerank", default="16", help="K of each query's shortlist, or all")
+    add("--dual-weight", type=float, default=1.0, help="of dual logits, added to match logits")
     # data
     add("--data", nargs="+", help="toy (if not given), flickr30k, coco or captions file(s)")
     add("--images", help="folder that image paths start from; the captions file's if not given")

@@ -412,16 +412,16 @@ def test_a_batch_of_one_image_trains_without_negatives():
 # Re-ranking
 
 
-@pytest.mark.parametrize("pairs_per_pass", [3, 1000])
+@pytest.mark.parametrize("weight, pairs_per_pass", [(0.0, 3), (0.0, 1000), (0.5, 1000)])
 @pytest.mark.parametrize("k", [1, 2, 100])
-def test_rerank_equals_scoring_every_pair_one_by_one(k, pairs_per_pass):
+def test_rerank_equals_scoring_every_pair_one_by_one(k, weight, pairs_per_pass):
     model = tiny_model()
     pixels, ids, mask = random_batch(model, images=6, texts=11)
     with torch.no_grad():
         image_tokens, image = model.encode_image(pixels)
         text_tokens, text = model.encode_text(ids, mask)
         dual = image @ text.T
-        scores = rerank(model, image_tokens, text_tokens, mask, dual, k, pairs_per_pass)
+        scores = rerank(model, image_tokens, text_tokens, mask, dual, k, weight, pairs_per_pass)
         listed = {(i, t) for i in range(6)
                   for t in sorted(range(11), key=lambda t: -dual[i, t])[:k]}
         listed |= {(i, t) for t in range(11)
@@ -429,7 +429,8 @@ def test_rerank_equals_scoring_every_pair_one_by_one(k, pairs_per_pass):
         for i, t in listed:
             expected = slow_match(model, image_tokens, text_tokens, mask, torch.tensor([i]),
                                   torch.tensor([t]))
-            assert scores[i, t].item() == pytest.approx(expected.item(), abs=1e-4)
+            assert scores[i, t].item() == pytest.approx(
+                expected.item() + weight * dual[i, t].item(), abs=1e-4)
     rest = [(i, t) for i in range(6) for t in range(11) if (i, t) not in listed]
     assert bool(rest) == (k < 6)
     if rest:
@@ -617,6 +618,15 @@ def test_bf16_trains_and_evaluates_on_any_machine(root, tmp_path):
             loopitr.image_transform(48, *statistics), args)[1])
     torch.testing.assert_close(*results, rtol=0, atol=0.5)
     assert not torch.equal(*results)
+
+
+def test_a_huge_dual_weight_leaves_the_dual_order(trained, capsys, tmp_path):
+    evaluate = ["--evaluate", "--checkpoint", str(trained[0] / "best.pt"), "--output",
+                str(tmp_path), "--dual-weight"]
+    for weight, equal in (("1e9", True), ("0", False)):
+        assert loopitr.main([*evaluate, weight]) == 0
+        dual, cross = [line.split()[2:-1] for line in capsys.readouterr().out.splitlines()[2:4]]
+        assert (dual == cross) == equal
 
 
 def test_evaluate_alone_repeats_the_test_result_and_clamps_k(trained, capsys, tmp_path):
