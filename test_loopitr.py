@@ -540,6 +540,14 @@ def test_batches_follow_from_seed_and_step_alone(tmp_path):
         assert tokenizer.decode(words, skip_special_tokens=True) in records[i].captions
 
 
+def test_augmentation_changes_images_but_not_their_colours():
+    transform = loopitr.image_transform(24, (0.0,) * 3, (1.0,) * 3, augment=True)
+    torch.manual_seed(0)
+    images = torch.stack([transform(Image.new("RGB", (30, 40), (180, 0, 0))) for _ in range(60)])
+    assert images[:, 1:].max() == 0  # desaturated, lower in contrast or solarised it would be more
+    assert len(set(images[:, 0].mean((1, 2)).tolist())) > 5
+
+
 # ------------------------------------------------------------------------------------------------
 # The command line
 
