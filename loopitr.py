@@ -25,15 +25,20 @@ Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens
 V text tokens without padding, D width, E embedding, Q queries, C candidates, m hard negatives.
 """
 import argparse
+import datetime
 import inspect
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
+import urllib.request
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +47,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
@@ -150,23 +156,64 @@ def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2
     return target
 
 
+def fetch(url, folder, terms):
+    """Download `url` into folder, unpack it if it is a zip -> path; nothing to do if that is there.
+    Safe to repeat: nothing has its final name before it is whole. InputError if it cannot be had.
+    """
+    name, zipped = url.rpartition("/")[2], url.endswith(".zip")
+    target, part = Path(folder, name.removesuffix(".zip")), Path(folder, f"{name}.part")
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        request = urllib.request.Request(url, method="HEAD")
+        size = int(urllib.request.urlopen(request, timeout=60).headers["Content-Length"])
+        print(f"downloading {url}, {size / 1e6:,.1f} MB; {terms}", file=sys.stderr)
+        torch.hub.download_url_to_file(url, str(part))
+        if part.stat().st_size != size:  # torch.hub takes a cut connection for the end of the file
+            raise OSError(f"the connection broke after {part.stat().st_size} of {size} bytes")
+        if zipped:
+            with tempfile.TemporaryDirectory(dir=folder) as unpacked:
+                shutil.unpack_archive(part, unpacked, "zip")
+                os.replace(Path(unpacked, target.name), target)
+        else:
+            os.replace(part, target)
+    except (OSError, TypeError, EOFError, shutil.ReadError, zipfile.BadZipFile) as error:
+        raise InputError(f"{url} failed ({error}): run again, or download it by hand"
+                         f"{' and unpack it' * zipped} to {target}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
 def load_splits(data, root, images, needed):
-    """--data, --root and --images -> {split: Records} for the needed splits. InputError for
-    captions or images that are missing, before anything is trained."""
+    """--data, --root and --images -> {split: Records} for the needed splits; flickr30k and coco
+    are fetched when they are not there; without data, the images of a folder without captions are
+    the test split. InputError for captions or images that are missing."""
+    if not data:
+        found = sorted(str(path) for path in Path(images).rglob("*")
+                       if path.suffix.lower() in Image.registered_extensions())
+        if not found:
+            raise InputError(f"there are no images in {images}")
+        return {"test": [Record(path, [], "test") for path in found]}
     folder, files = Path(root, data[0]), data
     if data[0] == "toy":
         files = [make_toy_dataset(folder)]
     elif data[0] in ("flickr30k", "coco"):
-        rows, pictures = {"flickr30k": ("flickr30k_{}.json", ["flickr30k-images"]),
-                          "coco": ("coco_karpathy_{}.json", ["train2014", "val2014"])}[data[0]]
-        files = [folder / rows.format(split) for split in ("train", "val", "test")]
-        karpathy = folder / f"dataset_{data[0]}.json"
-        if karpathy.exists():  # names Flickr's images without their folder
-            files, images = [karpathy], images or Path(folder, *pictures[:len(pictures) == 1])
-        elif not all(file.exists() for file in files):
-            raise InputError(
-                f"{data[0]} is not in {folder}: put {karpathy.name} there, or {files[0].name} with "
-                f"those of val and test, beside the image folder {' and '.join(pictures)}")
+        rows, pictures = {
+            "flickr30k": ("flickr30k", ["https://huggingface.co/datasets/nlphuji/flickr30k/resolve/"
+                                        "main/flickr30k-images.zip"]),
+            "coco": ("coco_karpathy", ["http://images.cocodataset.org/zips/train2014.zip",
+                                       "http://images.cocodataset.org/zips/val2014.zip"])}[data[0]]
+        terms = "photos from Flickr, for research and education, under the terms of their owners"
+        unpacked = [images] if images else [fetch(url, folder, terms) for url in pictures]
+        files = [folder / f"dataset_{data[0]}.json"]  # Karpathy's, if someone put it there
+        if not files[0].exists():
+            files = [fetch("https://storage.googleapis.com/sfr-vision-language-research/datasets/"
+                           f"{rows}_{split}.json", folder, terms)
+                     for split in ("train", "val", "test")]
+        elif len(unpacked) == 1:  # it names Flickr's images without their folder
+            images = unpacked[0]
     records = [record for file in files for record in load_captions(file, images)]
     splits = {split: [r for r in records if r.split == split] for split in needed}
     empty = [split for split, part in splits.items() if not part]
@@ -222,7 +269,7 @@ class Batches(Dataset):
     def __init__(self, records, images, tokenizer, batch_size, seed):
         self.captions = [(number, text) for number, r in enumerate(records) for text in r.captions]
         self.images, self.tokenizer = images, tokenizer
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.share = batch_size, seed, world()
         self.per_epoch = len(self.captions) // batch_size
         if not self.per_epoch:
             raise InputError(f"--batch-size {batch_size}: there are {len(self.captions)} captions")
@@ -231,10 +278,11 @@ class Batches(Dataset):
         epoch, place = divmod(step, self.per_epoch)
         generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
         order = torch.randperm(len(self.captions), generator=generator)
-        numbers, captions = zip(*[self.captions[i] for i in
-                                  order[place * self.batch_size:][:self.batch_size].tolist()])
+        rank, processes = self.share  # of a batch, each process takes an equal part
+        numbers, captions = zip(*[self.captions[i] for i in order[
+            place * self.batch_size:][:self.batch_size].chunk(processes)[rank].tolist()])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1_000_000 * self.seed + step)
+            torch.manual_seed(1_000_000 * self.seed + 100_000_000 * rank + step)
             pixels = torch.stack([self.images[number] for number in numbers])
         return pixels, *tokenize(self.tokenizer, captions), torch.tensor(numbers)
 
@@ -360,6 +408,10 @@ class LoopITR(nn.Module):
         """Scalar tensor; dual logits are embedding @ embedding.T / temperature."""
         return self.log_temperature.exp()
 
+    def forward(self, *batch_and_options):
+        """`loop_losses`, under the name that DistributedDataParallel calls."""
+        return loop_losses(self, *batch_and_options)
+
     def encode_image(self, pixels):
         """pixels (B,3,H,W), or a frozen encoder's tokens -> tokens (B,N,D), unit embedding (B,E).
         Position embeddings are interpolated to H and W; DINOv2 does so without being asked."""
@@ -407,30 +459,51 @@ class LoopITR(nn.Module):
             return self.match_head(x.float()).squeeze(1)[order.argsort()]
 
 
-def rename_bert_layer(name):
-    """BERT's (and ALBEF's) name of a tensor in one layer -> its name in CrossLayer."""
-    for theirs, ours in (
-            (r"\bcrossattention", "cross_attention"), (r"\battention", "self_attention"),
-            (r"attention\.self", "attention"), (r"attention\.output\.dense", "attention.output"),
-            (r"attention\.output\.LayerNorm", "attention.norm"), (r"^intermediate\.dense", "up"),
-            (r"^output\.dense", "down"), (r"^output\.LayerNorm", "norm")):
-        name = re.sub(theirs, ours, name)
+def rename(name, patterns):
+    """Replace each regular expression in turn: a tensor's name there -> its name here."""
+    for pattern, replacement in patterns.items():
+        name = re.sub(pattern, replacement, name)
     return name
 
 
+def rename_bert_layer(name):
+    """BERT's (and ALBEF's) name of a tensor in one layer -> its name in CrossLayer."""
+    return rename(name, {
+        r"\bcrossattention": "cross_attention", r"\battention": "self_attention",
+        r"attention\.self": "attention", r"attention\.output\.dense": "attention.output",
+        r"attention\.output\.LayerNorm": "attention.norm", r"^intermediate\.dense": "up",
+        r"^output\.dense": "down", r"^output\.LayerNorm": "norm"})
+
+
+def load_backbone(name, from_scratch, **options):
+    """-> transformers model of a hub name or folder; `from_scratch` reads only its configuration.
+    Tells how much came from the checkpoint, since silently random weights are the best known
+    reason for results that nobody can repeat. InputError when nothing came."""
+    config = transformers.AutoConfig.from_pretrained(name, **options)
+    if from_scratch:
+        return transformers.AutoModel.from_config(config)
+    model, report = transformers.AutoModel.from_pretrained(name, config=config,
+                                                           output_loading_info=True)
+    tensors = set(model.state_dict())
+    fresh = tensors.intersection(report["missing_keys"])
+    print(f"{name}: {len(tensors - fresh)} of {len(tensors)} tensors from its checkpoint; fresh: "
+          f"{', '.join(sorted(fresh)[:4]) or 'none'}", file=sys.stderr)
+    if fresh == tensors:
+        raise InputError(f"{name} has no weights for {type(model).__name__}")
+    return model
+
+
 def build_model(image_model, text_model, text_layers, embedding=256, from_scratch=False,
-                dropout=None):
+                dropout=None, init=None):
     """-> LoopITR, tokenizer, (pixel mean, std). The models are names or folders, as transformers
-    takes them; `from_scratch` reads only their configurations and draws random weights."""
+    takes them; `from_scratch` reads only their configurations and draws random weights, which
+    `init`, the path of a checkpoint of ours or ALBEF's, replaces."""
+    from_scratch = from_scratch or init is not None
     rates = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     try:
-        configs = [transformers.AutoConfig.from_pretrained(image_model),
-                   transformers.AutoConfig.from_pretrained(
-                       text_model, **{} if dropout is None else rates)]
-        image_encoder, text_encoder = (
-            transformers.AutoModel.from_config(config) if from_scratch else
-            transformers.AutoModel.from_pretrained(name, config=config)
-            for name, config in zip((image_model, text_model), configs))
+        image_encoder = load_backbone(image_model, from_scratch)
+        text_encoder = load_backbone(text_model, from_scratch,
+                                     **({} if dropout is None else rates))
         tokenizer = transformers.AutoTokenizer.from_pretrained(text_model)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load {image_model} and {text_model}: "
@@ -445,7 +518,53 @@ def build_model(image_model, text_model, text_layers, embedding=256, from_scratc
     except (OSError, ValueError):  # the folder has no preprocessor_config.json: ImageNet's figures
         pixel_statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     model = LoopITR(image_encoder, text_encoder, text_layers, embedding).float()
+    if init is not None:
+        if Path(init).name == "ALBEF_4M.pth":
+            fetch("https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth",
+                  Path(init).parent, "weights under the BSD 3-clause licence")
+        stored = load_checkpoint(init, model).get("args")
+        pixel_statistics = stored["pixel_statistics"] if stored else (  # ALBEF's are CLIP's
+            (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     return model, tokenizer, pixel_statistics
+
+
+def load_albef(model, state):
+    """Fill model from ALBEF's released weights: checkpoint["model"] of a pre-trained or fine-tuned
+    .pth, a ViT whose grid may differ from --image-size, and a BERT with cross-attention above."""
+    text_layers, vit, ours = len(model.text_encoder.encoder.layer), {}, {}
+    for name, tensor in state.items():
+        name = name.replace("text_encoder.bert.", "text_encoder.")  # the pre-trained file's
+        if re.search(r"_m\.|queue|\.cls\.|position_ids", name):
+            continue  # momentum copies, their queues, the language model's head
+        if name.startswith("visual_encoder."):  # to the names that from_pretrained understands
+            name = rename(name, {
+                r"visual_encoder\.": "", "^cls_token": "embeddings.cls_token",
+                "^pos_embed": "embeddings.position_embeddings",
+                r"^patch_embed\.proj": "embeddings.patch_embeddings.projection",
+                "^norm": "layernorm", "^blocks": "encoder.layer", "norm1": "layernorm_before",
+                "norm2": "layernorm_after", r"attn\.proj": "attention.output.dense",
+                r"mlp\.fc1": "intermediate.dense", r"mlp\.fc2": "output.dense"})
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3)):
+                vit[name.replace("attn.qkv", f"attention.attention.{part}")] = (
+                    piece if "qkv" in name else tensor)
+        else:
+            layer = re.match(r"text_encoder\.encoder\.layer\.(\d+)\.(.+)", name)
+            if layer and int(layer[1]) >= text_layers:
+                name = f"cross_encoder.{int(layer[1]) - text_layers}.{rename_bert_layer(layer[2])}"
+            name = rename(name, {"^vision_proj": "image_projection", "^itm_head": "match_head",
+                                 "^text_proj": "text_projection", "^temp$": "log_temperature"})
+            ours[name] = (tensor[1:] - tensor[:1] if name.startswith("match_head") else  # class 1
+                          tensor.log() if name == "log_temperature" else tensor)
+    config = model.image_encoder.config
+    config.image_size = config.patch_size * math.isqrt(
+        vit["embeddings.position_embeddings"].shape[1] - 1)
+    config.layer_norm_eps = 1e-6
+    model.image_encoder = type(model.image_encoder).from_pretrained(None, config=config,
+                                                                    state_dict=vit).float()
+    model.image_encoder.pooler = None
+    ours |= {f"image_encoder.{n}": t for n, t in model.image_encoder.state_dict().items()}
+    model.load_state_dict(ours)
+    print(f"ALBEF's checkpoint: all {len(ours)} tensors", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -531,15 +650,20 @@ def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", t
     pixels, input_ids, attention_mask, image_ids = batch
     image_tokens, image_embedding = model.encode_image(pixels)
     text_tokens, text_embedding = model.encode_text(input_ids, attention_mask)
-    similarity = model.dual_logits(image_embedding, text_embedding)
+    # All processes compare all embeddings, and each gets the gradient of the whole.
+    similarity = model.dual_logits(gather(image_embedding), gather(text_embedding))
+    everyone = gather(image_ids)
     # The image decides, not the row: another caption of the same image is a positive too.
-    is_positive = image_ids[:, None] == image_ids[None, :]
+    is_positive = everyone[:, None] == everyone[None, :]
     losses = {"contrastive": contrastive_loss(similarity, is_positive)}
     first = similarity.argmax(1, keepdim=True)
     losses["dual_recall"] = is_positive.gather(1, first).float().mean()
     if not cross:
         return losses
 
+    # The rest stays within a process, since its image tokens do.
+    mine = slice(world()[0] * len(image_ids), (world()[0] + 1) * len(image_ids))
+    similarity, is_positive = similarity[mine, mine], is_positive[mine, mine]
     # Dual -> cross: m hard texts of each image and m hard images of each text.
     hard_texts = sample_hard_negatives(similarity, is_positive, negatives, sampling)
     hard_images = sample_hard_negatives(similarity.T, is_positive.T, negatives, sampling)
@@ -563,6 +687,35 @@ def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", t
     return losses
 
 
+def world():
+    """-> rank of this process, number of processes: (0, 1) without torchrun."""
+    alone = not torch.distributed.is_initialized()
+    return (0, 1) if alone else (torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def progress_bar(items, name, leave=True):
+    """tqdm, on a terminal and in the first process only."""
+    return tqdm(items, name, leave=leave, disable=world()[0] > 0 or None)
+
+
+def join(x):
+    """x (C,..) of each process, C not the same in all -> all of them in order of rank."""
+    parts = [x] * world()[1]
+    if len(parts) > 1:
+        torch.distributed.all_gather_object(parts, x.cpu())
+    return torch.cat([part.to(x.device) for part in parts])
+
+
+def shortlist_length(args, candidates):
+    """--rerank, at most the number of candidates."""
+    return len(candidates) if args.rerank == "all" else min(int(args.rerank), len(candidates))
+
+
+def gather(x):
+    """x (B,..) of this process -> (world * B,..) of all, in order of rank, with gradient to all."""
+    return torch.cat(all_gather(x)) if world()[1] > 1 else x
+
+
 def make_optimizer(model, args, total_steps):
     """AdamW, linear warm-up, cosine down to lr / 10; no decay of biases and norms (ALBEF). Parts
     that no pre-trained backbone holds learn at --fresh-lr."""
@@ -584,20 +737,19 @@ def make_optimizer(model, args, total_steps):
 
 def training_step(model, batch, optimizer, scheduler, args, progress):
     """One optimiser step, `progress` (0 to 1) through training -> what loop_losses returns, and
-    the weighted sum as "loss"."""
-    device = model.log_temperature.device
-    batch = [part.to(device, non_blocking=True) for part in batch]
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-        # A fresh cross-attention gets going on any negatives, and much later on hard ones.
-        sampling = args.sampling if progress >= args.hard_warmup else "random"
-        losses = loop_losses(model, batch, args.negatives, sampling, args.distill,
-                             args.distill_temperature, cross=args.matching_weight > 0)
+    the weighted sum as "loss", of the last of --accumulate parts of the batch."""
+    # A fresh cross-attention gets going on any negatives, and much later on hard ones.
+    sampling = args.sampling if progress >= args.hard_warmup else "random"
     # An untrained teacher would teach noise, so distillation waits for it.
     weights = {"contrastive": args.contrastive_weight, "matching": args.matching_weight,
                "distillation": args.distill_weight * (progress >= args.distill_warmup)}
-    losses["loss"] = sum(weights[name] * losses[name] for name in weights if name in losses)
     optimizer.zero_grad()
-    losses["loss"].backward()
+    for part in zip(*(tensor.to(args.device).chunk(args.accumulate) for tensor in batch)):
+        with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
+            losses = model(part, args.negatives, sampling, args.distill, args.distill_temperature,
+                           args.matching_weight > 0)
+        losses["loss"] = sum(weights[name] * losses[name] for name in weights if name in losses)
+        (losses["loss"] / args.accumulate).backward()
     # At the high learning rates that a fresh cross-attention needs it can collapse without this.
     if not nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).isfinite():
         raise InputError(f"loss {losses['loss'].item()} or its gradient is not finite; the weights "
@@ -623,7 +775,7 @@ def train_epoch(model, bar, optimizer, scheduler, state, args, total_steps):
                 bar.set_postfix(line)
                 rate = (state["step"] - since) * args.batch_size / (time.perf_counter() - start)
                 write_line(args, step=state["step"], epoch=state["epoch"], **line,
-                           temperature=round(model.temperature.item(), 5),
+                           temperature=round(getattr(model, "module", model).temperature.item(), 5),
                            lr=min(scheduler.get_last_lr()), pairs_per_second=round(rate, 1))
                 start, since = time.perf_counter(), state["step"]
             if interrupted:
@@ -650,12 +802,18 @@ def train(model, tokenizer, splits, transforms, args):
     output, images = Path(args.output), Images(splits["train"], transforms[0])
     if args.freeze_image:
         model.image_encoder.requires_grad_(False)
+    if args.grad_checkpointing:
+        for encoder in (model.image_encoder, model.text_encoder):
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})
     batches = Batches(splits["train"], images, tokenizer, args.batch_size, args.seed)
     total_steps = batches.per_epoch * args.epochs
     optimizer, scheduler = make_optimizer(model, args, total_steps)
+    parallel = model
+    if world()[1] > 1:
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     state = {"step": 0, "epoch": 0, "best": -1.0}
     if args.resume:
-        state = resume(output, model, optimizer, scheduler)
+        state = resume(output, optimizer, scheduler)
     else:
         (output / "log.jsonl").unlink(missing_ok=True)
     for epoch in range(state["epoch"], args.epochs):
@@ -668,7 +826,7 @@ def train(model, tokenizer, splits, transforms, args):
                             worker_init_fn=ignore_interrupt, generator=torch.Generator(),
                             pin_memory=args.device.startswith("cuda"))
         try:
-            train_epoch(model, tqdm(loader, name, disable=None), optimizer, scheduler, state, args,
+            train_epoch(parallel, progress_bar(loader, name), optimizer, scheduler, state, args,
                         total_steps)
         except (InputError, KeyboardInterrupt) as error:  # neither shall cost what is learned
             stopped = error
@@ -689,20 +847,29 @@ def train(model, tokenizer, splits, transforms, args):
 
 
 def save_checkpoint(path, model, args, state, **rest):
-    """Write to a temporary file and rename it, so that there is never half a checkpoint."""
-    torch.save({"format": "loopitr", "model": model.state_dict(), "args": vars(args),
-                "state": dict(state), **rest}, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    """Write what resuming and evaluating need; of several processes only the first writes."""
+    save(path, {"format": "loopitr", "model": model.state_dict(), "args": vars(args),
+                "state": dict(state), **rest})
+
+
+def save(path, content):
+    """torch.save to a temporary file that is renamed, so that there is never half a file."""
+    if world()[0] == 0:
+        torch.save(content, f"{path}.part")
+        os.replace(f"{path}.part", path)
 
 
 def load_checkpoint(path, model=None):
-    """-> what save_checkpoint wrote, on the CPU, and the model filled with it. Only tensors and
-    plain values are unpickled. InputError when the file is missing, not ours, or does not fit."""
+    """-> what save_checkpoint wrote, on the CPU, and the model filled with it, or with an ALBEF
+    .pth. Only tensors and plain values are unpickled. InputError when the file is missing, neither
+    of the two, or does not fit."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] != "loopitr":
+        if model and "visual_encoder.cls_token" in content["model"]:
+            load_albef(model, content["model"])
+        elif content["format"] != "loopitr":
             raise ValueError("written by another program")
-        if model is not None:
+        elif model:
             model.load_state_dict(content["model"])
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}: train first") from None
@@ -712,9 +879,9 @@ def load_checkpoint(path, model=None):
     return content
 
 
-def resume(output, model, optimizer, scheduler):
-    """Fill model, optimiser, scheduler and RNG from last.pt -> training state: step, epoch, best."""
-    checkpoint = load_checkpoint(output / "last.pt", model)
+def resume(output, optimizer, scheduler):
+    """Fill optimiser, scheduler and RNG from last.pt -> training state: step, epoch, best."""
+    checkpoint = load_checkpoint(output / "last.pt")
     optimizer.load_state_dict(checkpoint["optimizer"])
     scheduler.load_state_dict(checkpoint["scheduler"])
     torch.set_rng_state(checkpoint["rng"])
@@ -724,8 +891,9 @@ def resume(output, model, optimizer, scheduler):
 
 def write_line(args, **values):
     """Append one JSON object to the log."""
-    with open(Path(args.output, "log.jsonl"), "a") as log:
-        log.write(json.dumps(values) + "\n")
+    if world()[0] == 0:
+        with open(Path(args.output, "log.jsonl"), "a") as log:
+            log.write(json.dumps(values) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -754,17 +922,18 @@ def recall_at_k(scores, image_of_text, ks=(1, 5, 10)):
 
 
 @torch.no_grad()
-def encode_images(model, images, workers=0, batch_size=64):
-    """-> tokens (I,N,D) on the CPU in half precision, embeddings (I,E). COCO's 5,000 test images
-    at 384 px take 5000 * 577 * 768 * 2 bytes = 4.1 GiB."""
+def encode_images(model, images, workers=0, batch_size=64, keep_tokens=True):
+    """-> tokens (I,N,D) on the CPU in half precision, or None, embeddings (I,E). COCO's 5,000 test
+    images at 384 px take 5000 * 577 * 768 * 2 bytes = 4.1 GiB."""
     model.eval()
     tokens, embeddings = None, []
     loader = DataLoader(images, batch_size, num_workers=workers, worker_init_fn=ignore_interrupt)
-    for number, pixels in enumerate(tqdm(loader, "images", leave=False, disable=None)):
+    for number, pixels in enumerate(progress_bar(loader, "images", leave=False)):
         part, embedding = model.encode_image(pixels.to(model.log_temperature.device))
-        if tokens is None:  # filled in place: torch.cat would hold everything twice for a moment
+        if tokens is None and keep_tokens:  # filled in place: torch.cat would hold all twice
             tokens = torch.empty(len(images), *part.shape[1:], dtype=torch.half)
-        tokens[number * batch_size:][:len(part)] = part
+        if keep_tokens:
+            tokens[number * batch_size:][:len(part)] = part
         embeddings.append(embedding)
     return tokens, torch.cat(embeddings)
 
@@ -782,11 +951,12 @@ def encode_texts(model, tokenizer, captions, batch_size=256):
 
 @torch.no_grad()
 def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dual_weight=0.0,
-           pairs_per_pass=2048):
+           first=0, pairs_per_pass=2048):
     """Cross encoder over the union of both directions' shortlists, each pair scored once.
 
     image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L), dual_scores (I,T); the top k
-    texts of each image and the top k images of each text are taken (all, if k is larger).
+    texts of each image and the top k images of each text are taken (all, if k is larger). Of
+    several processes each scores the images it holds, image_tokens[0] being image `first`.
     -> scores (I,T) in double precision on the CPU: match logits plus dual_weight * dual logits on
     the shortlists, everything else below them in dual order. Against negatives drawn from the
     softmax of dual logits, match logits learn what those do not say, log p / q instead of log p:
@@ -797,15 +967,15 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     for dim in (0, 1):
         top = dual_scores.topk(min(k, dual_scores.shape[dim]), dim=dim).indices
         shortlisted.scatter_(dim, top, True)
-    pairs, logits = shortlisted.nonzero(), []  # sorted by image
-    for chunk in tqdm(pairs.split(pairs_per_pass), "re-ranking", leave=False, disable=None):
+    pairs, logits = shortlisted[first:first + len(image_tokens)].nonzero(), []  # sorted by image
+    for chunk in progress_bar(pairs.split(pairs_per_pass), "re-ranking", leave=False):
         image_index, text_index = chunk.unbind(1)
-        first, last = image_index[0].item(), image_index[-1].item()
-        tokens = image_tokens[first:last + 1].to(text_tokens.device)
-        logits.append(model.match(tokens, text_tokens, attention_mask, image_index - first,
+        low, high = image_index[0].item(), image_index[-1].item()
+        tokens = image_tokens[low:high + 1].to(text_tokens.device)
+        logits.append(model.match(tokens, text_tokens, attention_mask, image_index - low,
                                   text_index))
     scores = dual_scores.cpu().double()
-    logits = torch.cat(logits).cpu().double() + dual_weight * scores[shortlisted.cpu()]
+    logits = join(torch.cat(logits)).cpu().double() + dual_weight * scores[shortlisted.cpu()]
     scores += logits.min() - scores.max() - 1
     scores[shortlisted.cpu()] = logits
     return scores
@@ -815,21 +985,24 @@ def evaluate(model, tokenizer, records, transform, args):
     """Recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top --rerank.
 
     -> {"images", "texts", "k", "dual": {.., "seconds"}, "cross": {.., "seconds"}}, dual scores
-    (I,T), cross scores (I,T). The cross encoder's seconds include the dual encoder's.
+    (I,T), cross scores (I,T). The cross encoder's seconds include the dual encoder's. Processes
+    share the images.
     """
     captions = [text for record in records for text in record.captions]
     image_of_text = torch.tensor([i for i, r in enumerate(records) for _ in r.captions])
-    k = max(len(records), len(captions))
-    k = k if args.rerank == "all" else min(k, int(args.rerank))
+    k = shortlist_length(args, records if len(records) > len(captions) else captions)
+    rank, size = world()
+    first, last = (len(records) * r // size for r in (rank, rank + 1))
     start = time.perf_counter()
     with torch.autocast(model.log_temperature.device.type, torch.bfloat16, enabled=args.bf16):
-        image_tokens, images = encode_images(model, Images(records, transform), args.workers)
+        image_tokens, images = encode_images(model, Images(records[first:last], transform),
+                                             args.workers)
         text_tokens, mask, texts = encode_texts(model, tokenizer, captions)
-        dual_scores = model.dual_logits(images, texts)
+        dual_scores = model.dual_logits(join(images), texts)
         dual = recall_at_k(dual_scores, image_of_text)
         dual["seconds"] = time.perf_counter() - start
         cross_scores = rerank(model, image_tokens, text_tokens, mask, dual_scores, k,
-                              args.dual_weight)
+                              args.dual_weight, first)
     cross = recall_at_k(cross_scores, image_of_text)
     cross["seconds"] = time.perf_counter() - start
     result = dict(images=len(records), texts=len(captions), k=k, dual=dual, cross=cross)
@@ -849,30 +1022,94 @@ def print_table(result):
 # Search
 
 
-def draw_retrieval(path, records, dual_scores, cross_scores, rows=6, columns=5, side=96):
-    """Picture of what re-ranking changed: for some captions whose first image it replaced, the
-    top images by dual (left) and by cross encoder (right), the right one framed green."""
-    captions = [(i, text) for i, record in enumerate(records) for text in record.captions]
-    tops = [scores.topk(min(columns, len(records)), dim=0).indices.T
-            for scores in (dual_scores, cross_scores)]
-    changed = (tops[0][:, 0] != tops[1][:, 0]).nonzero().squeeze(1).tolist()
-    shown = changed[::max(1, len(changed) // rows)][:rows] or list(range(min(rows, len(captions))))
+def gallery_vectors(model, records, transform, args):
+    """Unit embeddings (I,E) of the images, computed once and kept beside the checkpoint, with their
+    file names, until a file or the checkpoint changes."""
+    store = Path(f"{args.checkpoint}.gallery")
+    stamps = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns]
+              for path in (args.checkpoint, *(record.image for record in records))]
+    if store.exists():
+        gallery = torch.load(store, weights_only=True)
+        if gallery["stamps"] == stamps:
+            return gallery["vectors"]
+    vectors = encode_images(model, Images(records, transform), args.workers, keep_tokens=False)[1]
+    save(store, dict(stamps=stamps, names=[record.image for record in records],
+                     vectors=vectors.cpu()))
+    return vectors
+
+
+@torch.no_grad()
+def search(model, tokenizer, records, transform, query, args):
+    """Search the images of `records` by words, or by a photo if `query` is a file.
+
+    -> [(record, dual logit, match logit)], the dual encoder's top --rerank, re-ranked. The cross
+    encoder matches words with each image of the shortlist; a photo with their captions, of which
+    the best counts (without captions all match logits are 0 and the dual order stays).
+    """
+    photo = os.path.exists(query)
+    vectors = gallery_vectors(model, records, transform, args).to(args.device)
+    vector = (encode_images(model, Images([Record(query, [], "")], transform))[1] if photo else
+              encode_texts(model, tokenizer, [query])[2])
+    scores, top = model.dual_logits(vectors, vector).squeeze(1).topk(
+        shortlist_length(args, records))
+    shortlist = [records[i] for i in top.tolist()]
+    images = [Record(query, [], "")] if photo else shortlist
+    texts = [text for r in shortlist for text in r.captions] if photo else [query]
+    # The place in the shortlist that each pair speaks for.
+    place = [i for i, r in enumerate(shortlist) for _ in (r.captions if photo else [query])]
+    logits = torch.zeros(len(shortlist), device=args.device)
+    if texts:
+        text_tokens, mask, _ = encode_texts(model, tokenizer, texts)
+        pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(len(texts)))
+        match = model.match(encode_images(model, Images(images, transform))[0].to(args.device),
+                            text_tokens, mask, *pairs.to(args.device).unbind(1))
+        logits.scatter_reduce_(0, torch.tensor(place, device=args.device), match, "amax",
+                               include_self=False)
+    return [(shortlist[i], scores[i].item(), logits[i].item())
+            for i in (logits + args.dual_weight * scores).argsort(descending=True).tolist()]
+
+
+def draw_rows(path, rows, columns=5, side=96):
+    """Picture with a row per query: its top images by dual (left) and by cross encoder (right).
+    rows: [(query, [image paths], [image paths], path of the right image or None: framed green)]."""
     font, step = ImageFont.load_default(16), side + 8
-    canvas = Image.new("RGB", (2 * columns * step + 40, 32 + len(shown) * (step + 30)), "white")
+    canvas = Image.new("RGB", (2 * columns * step + 40, 32 + len(rows) * (step + 30)), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((8, 6), "dual encoder's top images", "black", font)
     draw.text((columns * step + 32, 6), "after re-ranking by the cross encoder", "black", font)
-    for row, text in enumerate(shown):
+    for row, (query, *halves, right) in enumerate(rows):
         y = 32 + row * (step + 30)
-        draw.text((8, y), captions[text][1], "black", font)
-        for half, top in enumerate(tops):
-            for column, i in enumerate(top[text].tolist()):
+        draw.text((8, y), query, "black", font)
+        for half, paths in enumerate(halves):
+            for column, image in enumerate(paths[:columns]):
                 x = 8 + half * (columns * step + 24) + column * step
-                if i == captions[text][0]:
+                if image == right:
                     draw.rectangle((x - 4, y + 20, x + side + 3, y + 27 + side), fill="limegreen")
-                with Image.open(records[i].image) as image:
-                    canvas.paste(image.convert("RGB").resize((side, side)), (x, y + 24))
+                with Image.open(image) as opened:
+                    canvas.paste(opened.convert("RGB").resize((side, side)), (x, y + 24))
     canvas.save(path)
+
+
+def show(found, args):
+    """Print what `search` found, and draw it."""
+    print("   match     dual")
+    for record, dual, match in found:
+        print(f"{match:8.2f} {dual:8.2f}  {record.image}")
+    orders = sorted(found, key=lambda one: -one[1]), found
+    draw_rows(f"{args.output}/search.png", [
+        (args.search, *([record.image for record, *_ in order] for order in orders), None)])
+    print(f"picture {args.output}/search.png")
+
+
+def draw_retrieval(path, records, dual_scores, cross_scores, rows=6):
+    """Picture of what re-ranking changed: some captions whose first image it replaced."""
+    captions = [(record.image, text) for record in records for text in record.captions]
+    tops = [scores.topk(min(5, len(records)), dim=0).indices.T
+            for scores in (dual_scores, cross_scores)]
+    changed = (tops[0][:, 0] != tops[1][:, 0]).nonzero().squeeze(1).tolist()
+    shown = changed[::max(1, len(changed) // rows)][:rows] or list(range(min(rows, len(captions))))
+    draw_rows(path, [(captions[t][1], *([records[i].image for i in top[t].tolist()]
+                                        for top in tops), captions[t][0]) for t in shown])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -888,6 +1125,8 @@ def argument_parser():
     add("--train", action="store_true", help="train, then test the best epoch")
     add("--evaluate", action="store_true", help="test a checkpoint")
     add("--resume", action="store_true", help="go on with the interrupted training in --output")
+    add("--search", metavar="QUERY", help="words, or a photo's file: search the test split, or "
+        "--images without --data")
     add("--checkpoint", help="to evaluate; best.pt of --output if not given")
     add("--output", help="folder of checkpoints, log and picture; runs/DATA if not given")
     add("--rerank", default="16", help="K of each query's shortlist, or all")
@@ -905,6 +1144,8 @@ def argument_parser():
     add("--image-size", type=int, default=384, help="pixels")
     add("--embedding", type=int, default=256, help="length of the dual encoder's vectors")
     add("--from-scratch", action="store_true", help="backbones with random weights")
+    add("--init", help="start from a checkpoint of ours or ALBEF's .pth; albef fetches the public "
+        "one of 4M images, none: only the backbones")
     add("--dropout", type=float, help="of text and cross encoder; the BERT's own if not given")
     add("--freeze-image", action="store_true", help="compute its tokens once an epoch (LiT)")
     # the loop
@@ -919,7 +1160,9 @@ def argument_parser():
     add("--matching-weight", type=float, default=1.0, help="0 trains the dual encoder alone")
     # optimisation and machine
     add("--epochs", type=int, default=10, help="passes over all captions")
-    add("--batch-size", type=int, default=256, help="captions, each with its image")
+    add("--batch-size", type=int, default=256, help="captions with their images, of all processes")
+    add("--accumulate", type=int, default=1, help="parts of a batch, each with its own negatives")
+    add("--grad-checkpointing", action="store_true", help="of both encoders: less memory, slower")
     add("--lr", type=float, default=1e-5, help="peak learning rate of pre-trained parts")
     add("--fresh-lr", type=float, default=1e-4, help="peak learning rate of the other parts")
     add("--warmup-steps", type=int, default=100, help="of the learning rate")
@@ -936,7 +1179,9 @@ def parse_arguments(argv):
     parser = argument_parser()
     args = parser.parse_args(argv)
     name = args.data[0] if args.data else "toy"
-    presets = {"coco": dict(epochs=5), "toy": dict(
+    pre_trained = {} if args.init == "none" else dict(init="albef", hard_warmup=0.0,
+                                                      distill_warmup=0.0)
+    presets = {"flickr30k": pre_trained, "coco": dict(epochs=5, **pre_trained), "toy": dict(
         image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
         text_layers=2, image_size=48, from_scratch=True, augment=False, epochs=7, batch_size=64,
         lr=1e-3, fresh_lr=1e-3, hard_warmup=0.0, workers=0, bf16=False)}
@@ -944,27 +1189,31 @@ def parse_arguments(argv):
     output = args.output or str(Path(args.checkpoint).parent if args.checkpoint else
                                 Path("runs", Path(name).stem))
     checkpoint = args.checkpoint or f"{output}/{'last' if args.resume else 'best'}.pt"
-    if args.resume or args.evaluate:
+    if args.resume or args.evaluate or args.search:
         stored = load_checkpoint(checkpoint)["args"]
-        for option in ("train", "evaluate", "resume", "device", *(["images"] if args.data else []),
-                       *(["bf16"] if args.evaluate else [])):
+        for option in ("train", "evaluate", "resume", "search", "device",
+                       *(["images"] if args.data else []), *([] if args.resume else ["bf16"])):
             stored.pop(option)
         parser.set_defaults(**stored)
     parser.set_defaults(output=output, checkpoint=checkpoint)
+    without_captions = args.search and args.images and not args.data
     args = parser.parse_args(argv)
+    args.data = [] if without_captions else args.data
+    args.init = {"albef": f"{args.root}/ALBEF_4M.pth", "none": None}.get(args.init, args.init)
     args.train = args.train or args.resume
-    if args.train == args.evaluate:
-        raise InputError("give --train or --evaluate")
+    if args.train + args.evaluate + bool(args.search) != 1:
+        raise InputError("give --train or --evaluate or --search")
     if args.resume and args.batch_size != stored["batch_size"]:
         raise InputError(f"--resume goes on with --batch-size {stored['batch_size']}")
     if args.rerank != "all" and not (args.rerank.isdigit() and int(args.rerank) > 0):
         raise InputError(f"--rerank {args.rerank}: give a number from 1 on, or all")
-    for option in ("epochs", "warmup_steps", "log_every"):
+    for option in ("epochs", "warmup_steps", "log_every", "accumulate"):
         if getattr(args, option) < 1:
             raise InputError(f"--{option.replace('_', '-')}: give a number from 1 on")
-    if not 1 <= args.negatives < args.batch_size:
-        raise InputError(f"--negatives {args.negatives}: a batch of {args.batch_size} has 1 to "
-                         f"{args.batch_size - 1} for each query")
+    part = args.batch_size // args.accumulate // int(os.environ.get("WORLD_SIZE", 1))
+    if not 1 <= args.negatives < part:
+        raise InputError(f"--negatives {args.negatives}: {part} captions at a time give 1 to "
+                         f"{part - 1} for each query")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     args.device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
     if args.bf16 is None:  # hardware without units for bf16 is several times slower with it
@@ -974,30 +1223,57 @@ def parse_arguments(argv):
     return args
 
 
+def start_process(args):
+    """Seed, and join the other processes if torchrun started this one."""
+    rank = int(os.environ.get("RANK", 0))
+    if "RANK" in os.environ:  # a download may keep the others waiting for hours
+        torch.distributed.init_process_group(timeout=datetime.timedelta(hours=12))
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.manual_seed(args.seed + rank)
+
+
+def in_turn(work, *arguments):
+    """work(*arguments) in one process of each machine and then in the others, so that what it
+    downloads or draws is there for them."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        torch.distributed.barrier()
+    result = work(*arguments)
+    if first and world()[1] > 1:
+        torch.distributed.barrier()
+    return result
+
+
 def main(argv=None):
     """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     try:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where loaders fork
         args = parse_arguments(argv)
-        torch.manual_seed(args.seed)
-        splits = load_splits(args.data, args.root, args.images,
-                             ("train", "val", "test") if args.train else ("test",))
-        model, tokenizer, pixel_statistics = build_model(
-            args.image_model, args.text_model, args.text_layers, args.embedding,
-            args.from_scratch or args.resume or args.evaluate, args.dropout)
+        start_process(args)
+        splits = in_turn(load_splits, args.data, args.root, args.images,
+                         ("train", "val", "test") if args.train else ("test",))
+        model, tokenizer, args.pixel_statistics = in_turn(
+            build_model, args.image_model, args.text_model, args.text_layers, args.embedding,
+            args.from_scratch, args.dropout,
+            args.init if args.train and not args.resume else args.checkpoint)
         model.to(args.device)
-        transforms = [image_transform(args.image_size, *pixel_statistics, augment)
+        transforms = [image_transform(args.image_size, *args.pixel_statistics, augment)
                       for augment in (args.augment, False)]
         Path(args.output).mkdir(parents=True, exist_ok=True)
+        if args.search:
+            show(search(model, tokenizer, splits["test"], transforms[1], args.search, args), args)
+            return 0
         if args.train:
             train(model, tokenizer, splits, transforms, args)
             args.checkpoint = f"{args.output}/best.pt"
         step = load_checkpoint(args.checkpoint, model)["state"]["step"]
         result, *scores = evaluate(model, tokenizer, splits["test"], transforms[1], args)
-        print_table(result)
         write_line(args, split="test", step=step, **result)
-        draw_retrieval(f"{args.output}/retrieval.png", splits["test"], *scores)
-        print(f"checkpoint {args.checkpoint}, picture {args.output}/retrieval.png")
+        if world()[0] == 0:
+            print_table(result)
+            draw_retrieval(f"{args.output}/retrieval.png", splits["test"], *scores)
+            print(f"checkpoint {args.checkpoint}, picture {args.output}/retrieval.png")
     except InputError as error:
         # A loader process sends its traceback along; the message is in the last line.
         message = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]

@@ -2,14 +2,18 @@
 """Each function against an oracle written the slow and obvious way, then the real command line on
 tiny data that the tests draw. Offline; `pytest` runs them all."""
 import argparse
+import http.server
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
+import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,22 +26,22 @@ from loopitr import (contrastive_loss, distillation_loss, load_captions, loop_lo
                      make_toy_dataset, matching_loss, recall_at_k, rerank, sample_hard_negatives)
 
 
-def tiny_model(seed=0, text_layers=2):
+def tiny_model(seed=0, text_layers=2, image_layers=1):
     torch.manual_seed(seed)
     shape = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64, initializer_range=0.2)
     image = transformers.AutoModel.from_config(
-        transformers.ViTConfig(num_hidden_layers=1, image_size=32, patch_size=16, **shape))
+        transformers.ViTConfig(num_hidden_layers=image_layers, image_size=32, patch_size=16, **shape))
     text = transformers.AutoModel.from_config(
         transformers.BertConfig(num_hidden_layers=4, vocab_size=50, **shape))
     return loopitr.LoopITR(image, text, text_layers, embedding=16).eval()
 
 
-def random_batch(model, images=4, texts=5, length=9, seed=1):
+def random_batch(model, images=4, texts=5, length=9, seed=1, size=32):
     """Image tokens, text tokens and a mask with texts of different lengths."""
     torch.manual_seed(seed)
     mask = torch.arange(length) < torch.randint(2, length + 1, (texts, 1))
     ids = torch.randint(5, 50, (texts, length)) * mask
-    pixels = torch.randn(images, 3, 32, 32)
+    pixels = torch.randn(images, 3, size, size)
     return pixels, ids, mask.long()
 
 
@@ -421,7 +425,8 @@ def test_rerank_equals_scoring_every_pair_one_by_one(k, weight, pairs_per_pass):
         image_tokens, image = model.encode_image(pixels)
         text_tokens, text = model.encode_text(ids, mask)
         dual = image @ text.T
-        scores = rerank(model, image_tokens, text_tokens, mask, dual, k, weight, pairs_per_pass)
+        scores = rerank(model, image_tokens, text_tokens, mask, dual, k, weight,
+                        pairs_per_pass=pairs_per_pass)
         listed = {(i, t) for i in range(6)
                   for t in sorted(range(11), key=lambda t: -dual[i, t])[:k]}
         listed |= {(i, t) for t in range(11)
@@ -842,3 +847,426 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(root, t
     kept = loopitr.load_checkpoint(tmp_path / "last.pt")
     assert kept["state"]["step"] == 7
     assert all(tensor.isfinite().all() for tensor in kept["model"].values())
+
+
+# ------------------------------------------------------------------------------------------------
+# Downloads, from a server on this machine
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A real HTTP server of tmp_path/served, to which fetch is sent for every address. Names in
+    `cut` are broken off half way, though their whole length was announced."""
+    folder, cut, asked = tmp_path / "served", set(), []
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_message(self, *_):
+            asked.append(f"{self.command} {self.path}")
+
+        def copyfile(self, source, target):
+            data = source.read()
+            target.write(data[:len(data) // 2] if Path(self.path).name in cut else data)
+
+    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    real, port = loopitr.fetch, listener.server_port
+    monkeypatch.setattr(loopitr, "fetch", lambda url, *rest: real(
+        f"http://127.0.0.1:{port}/{url.rpartition('/')[2]}", *rest))
+    yield SimpleNamespace(folder=folder, cut=cut, asked=asked)
+    listener.shutdown()
+
+
+def serve_flickr30k(folder):
+    with zipfile.ZipFile(folder / "flickr30k-images.zip", "w") as archive:
+        for split in ("train", "val", "test"):
+            Image.new("RGB", (8, 8)).save(folder / "one.jpg")
+            archive.write(folder / "one.jpg", f"flickr30k-images/{split}.jpg")
+            write_json(folder / f"flickr30k_{split}.json",
+                       [{"image": f"flickr30k-images/{split}.jpg", "caption": ["a", "b"]}])
+
+
+def load_flickr30k(root):
+    return loopitr.load_splits(["flickr30k"], root, None, ("train", "val", "test"))
+
+
+def test_flickr30k_arrives_by_itself_and_only_once(server, tmp_path, capsys):
+    serve_flickr30k(server.folder)
+    splits = load_flickr30k(tmp_path)
+    assert {s: len(part[0].captions) for s, part in splits.items()} == dict(train=2, val=2, test=2)
+    said = capsys.readouterr().err
+    assert "MB; " in said and "research and education" in said
+    count = len(server.asked)
+    assert load_flickr30k(tmp_path) == splits and len(server.asked) == count
+    assert sorted(path.name for path in (tmp_path / "flickr30k").iterdir()) == [
+        "flickr30k-images", *(f"flickr30k_{split}.json" for split in ("test", "train", "val"))]
+
+
+def test_coco_arrives_by_itself(server, tmp_path):
+    for split, year in (("train", "train2014"), ("val", "val2014"), ("test", "val2014")):
+        name = f"{year}/COCO_{year}_{split}.jpg"
+        Image.new("RGB", (8, 8)).save(server.folder / "one.jpg")
+        with zipfile.ZipFile(server.folder / f"{year}.zip", "a") as archive:
+            archive.write(server.folder / "one.jpg", name)
+        write_json(server.folder / f"coco_karpathy_{split}.json",
+                   [{"image": name, "caption": "a" if split == "train" else ["a"]}])
+    splits = loopitr.load_splits(["coco"], tmp_path, None, ("train", "val", "test"))
+    assert splits["test"][0].image.endswith("coco/val2014/COCO_val2014_test.jpg")
+
+
+@pytest.mark.parametrize("name", ["flickr30k-images.zip", "flickr30k_val.json"])
+def test_a_connection_cut_half_way_leaves_nothing_and_can_be_repeated(server, tmp_path, name):
+    serve_flickr30k(server.folder)
+    server.cut.add(name)
+    with pytest.raises(loopitr.InputError, match="run again, or download it by hand"):
+        load_flickr30k(tmp_path)
+    left = {path.name for path in (tmp_path / "flickr30k").iterdir()}
+    assert left == ({"flickr30k-images", "flickr30k_train.json"} if "json" in name else set())
+    server.cut.clear()
+    assert len(load_flickr30k(tmp_path)["val"]) == 1
+
+
+def test_a_truncated_zip_or_one_of_wrong_content_is_never_used(server, tmp_path):
+    serve_flickr30k(server.folder)
+    archive = server.folder / "flickr30k-images.zip"
+    whole = archive.read_bytes()
+    damaged = bytearray(whole)
+    damaged[60] ^= 255  # within the first image
+    with zipfile.ZipFile(server.folder / "other.zip", "w") as other:
+        other.writestr("readme.txt", "moved")
+    for content in (whole[:-100], bytes(damaged), (server.folder / "other.zip").read_bytes()):
+        archive.write_bytes(content)
+        with pytest.raises(loopitr.InputError, match="flickr30k-images.zip failed"):
+            load_flickr30k(tmp_path)
+        assert not list((tmp_path / "flickr30k").iterdir())
+
+
+def test_without_the_file_or_the_server_the_message_says_what_to_do(server, tmp_path, capsys):
+    fails(capsys, ["--train", "--data", "flickr30k", "--root", tmp_path], "404",
+          str(tmp_path / "flickr30k" / "flickr30k-images"), "unpack it")
+
+
+def test_a_karpathy_file_put_there_by_hand_is_used_instead(server, tmp_path):
+    serve_flickr30k(server.folder)
+    (tmp_path / "flickr30k").mkdir()
+    write_json(tmp_path / "flickr30k" / "dataset_flickr30k.json", {"images": [
+        {"filename": f"{split}.jpg", "split": split, "sentences": [{"raw": "c"}]}
+        for split in ("train", "val", "test")]})
+    assert load_flickr30k(tmp_path)["test"][0].captions == ["c"]
+    assert not any("json" in line for line in server.asked)
+
+
+# ------------------------------------------------------------------------------------------------
+# ALBEF's checkpoint, against a forward of its architecture in plain PyTorch
+
+
+def albef_checkpoint(prefix, width=32, blocks=2, layers=4, grid=2, vocabulary=50, embedding=16):
+    """Random weights under the names of its file format, with what is to be ignored."""
+    torch.manual_seed(3)
+    state = {"temp": torch.tensor(0.05)}
+
+    def add(name, *shape):
+        state[name] = 0.2 * torch.randn(shape)
+
+    def linear(name, wide, narrow):
+        add(f"{name}.weight", wide, narrow)
+        add(f"{name}.bias", wide)
+
+    def norm(name):
+        add(f"{name}.weight", width)
+        add(f"{name}.bias", width)
+
+    add("visual_encoder.cls_token", 1, 1, width)
+    add("visual_encoder.pos_embed", 1, grid ** 2 + 1, width)
+    add("visual_encoder.patch_embed.proj.weight", width, 3, 16, 16)
+    add("visual_encoder.patch_embed.proj.bias", width)
+    norm("visual_encoder.norm")
+    for i in range(blocks):
+        block = f"visual_encoder.blocks.{i}"
+        norm(f"{block}.norm1")
+        norm(f"{block}.norm2")
+        linear(f"{block}.attn.qkv", 3 * width, width)
+        linear(f"{block}.attn.proj", width, width)
+        linear(f"{block}.mlp.fc1", 2 * width, width)
+        linear(f"{block}.mlp.fc2", width, 2 * width)
+    for name, rows in (("word", vocabulary), ("position", 512), ("token_type", 2)):
+        add(f"{prefix}embeddings.{name}_embeddings.weight", rows, width)
+    norm(f"{prefix}embeddings.LayerNorm")
+    for i in range(layers):
+        layer = f"{prefix}encoder.layer.{i}"
+        for kind in ("attention", "crossattention")[:1 + (i >= layers // 2)]:
+            for part in ("query", "key", "value"):
+                linear(f"{layer}.{kind}.self.{part}", width, width)
+            linear(f"{layer}.{kind}.output.dense", width, width)
+            norm(f"{layer}.{kind}.output.LayerNorm")
+        linear(f"{layer}.intermediate.dense", 2 * width, width)
+        linear(f"{layer}.output.dense", width, 2 * width)
+        norm(f"{layer}.output.LayerNorm")
+    linear("vision_proj", embedding, width)
+    linear("text_proj", embedding, width)
+    linear("itm_head", 2, width)
+    wanted = dict(state)
+    for name in [*wanted][::7]:
+        state[name.replace("encoder.", "encoder_m.", 1)] = torch.zeros(1)
+    state.update({"vision_proj_m.weight": torch.zeros(1), "image_queue": torch.zeros(1),
+                  "text_queue": torch.zeros(1), "queue_ptr": torch.zeros(1),
+                  "text_encoder.cls.predictions.bias": torch.zeros(1),
+                  f"{prefix}embeddings.position_ids": torch.arange(512)[None]})
+    return state, wanted
+
+
+def albef_forward(s, prefix, pixels, ids, heads=4, layers=4):
+    """One image (3,H,W) and one unpadded text (L,) -> both unit embeddings, match logit."""
+    def linear(x, name):
+        return x @ s[f"{name}.weight"].T + s[f"{name}.bias"]
+
+    def norm(x, name, eps):
+        return F.layer_norm(x, x.shape[-1:], s[f"{name}.weight"], s[f"{name}.bias"], eps)
+
+    def attend(q, k, v):
+        q, k, v = (t.view(len(t), heads, -1).transpose(0, 1) for t in (q, k, v))
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        return (weights @ v).transpose(0, 1).flatten(1)
+
+    patches = F.conv2d(pixels[None], s["visual_encoder.patch_embed.proj.weight"],
+                       s["visual_encoder.patch_embed.proj.bias"], stride=16)
+    position = s["visual_encoder.pos_embed"]
+    grid = int((position.shape[1] - 1) ** 0.5)
+    grown = F.interpolate(position[:, 1:].mT.unflatten(2, (grid, grid)), patches.shape[2:],
+                          mode="bicubic", align_corners=False)
+    x = torch.cat([s["visual_encoder.cls_token"][0], patches[0].flatten(1).T])
+    x = x + torch.cat([position[0, :1], grown[0].flatten(1).T])
+    for i in range(2):
+        block = f"visual_encoder.blocks.{i}"
+        x = x + linear(attend(*linear(norm(x, f"{block}.norm1", 1e-6), f"{block}.attn.qkv")
+                              .chunk(3, 1)), f"{block}.attn.proj")
+        x = x + linear(F.gelu(linear(norm(x, f"{block}.norm2", 1e-6), f"{block}.mlp.fc1")),
+                       f"{block}.mlp.fc2")
+    image = norm(x, "visual_encoder.norm", 1e-6)
+    x = (s[f"{prefix}embeddings.word_embeddings.weight"][ids]
+         + s[f"{prefix}embeddings.position_embeddings.weight"][:len(ids)]
+         + s[f"{prefix}embeddings.token_type_embeddings.weight"][0])
+    x = norm(x, f"{prefix}embeddings.LayerNorm", 1e-12)
+    for i in range(layers):
+        if i == layers // 2:
+            text = x
+        layer = f"{prefix}encoder.layer.{i}"
+        for kind in ("attention", "crossattention")[:1 + (i >= layers // 2)]:
+            source = x if kind == "attention" else image
+            name = f"{layer}.{kind}"
+            attended = attend(linear(x, f"{name}.self.query"), linear(source, f"{name}.self.key"),
+                              linear(source, f"{name}.self.value"))
+            x = norm(x + linear(attended, f"{name}.output.dense"), f"{name}.output.LayerNorm",
+                     1e-12)
+        up = F.gelu(linear(x, f"{layer}.intermediate.dense"))
+        x = norm(x + linear(up, f"{layer}.output.dense"), f"{layer}.output.LayerNorm", 1e-12)
+    no, yes = linear(x[0], "itm_head")
+    return (F.normalize(linear(image[0], "vision_proj"), dim=0),
+            F.normalize(linear(text[0], "text_proj"), dim=0), yes - no)
+
+
+@pytest.mark.parametrize("prefix, size", [("text_encoder.", 32), ("text_encoder.bert.", 48)])
+def test_albef_gives_the_same_embeddings_and_match_logits_here(tmp_path, prefix, size):
+    state, wanted = albef_checkpoint(prefix)
+    torch.save({"model": state, "epoch": 3}, tmp_path / "albef.pth")
+    model, (pixels, ids, mask) = tiny_model(image_layers=2), random_batch(None, size=size)
+    loopitr.load_checkpoint(tmp_path / "albef.pth", model)
+    model.eval()
+    with torch.no_grad():
+        image_tokens, images = model.encode_image(pixels)
+        text_tokens, texts = model.encode_text(ids, mask)
+        pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(len(texts)))
+        logits = model.match(image_tokens, text_tokens, mask, *pairs.unbind(1))
+    assert model.temperature.item() == pytest.approx(0.05)
+    for (i, t), logit in zip(pairs.tolist(), logits):
+        image, text, match = albef_forward(wanted, prefix, pixels[i], ids[t][mask[t] > 0])
+        torch.testing.assert_close(images[i], image, rtol=0, atol=1e-5)
+        torch.testing.assert_close(texts[t], text, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logit, match, rtol=1e-5, atol=1e-5)
+
+
+def test_an_albef_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
+    state, _ = albef_checkpoint("text_encoder.")
+    del state["text_encoder.encoder.layer.3.crossattention.self.key.weight"]
+    torch.save({"model": state}, tmp_path / "albef.pth")
+    with pytest.raises(loopitr.InputError, match="cross_encoder.1.cross_attention.key.weight"):
+        loopitr.load_checkpoint(tmp_path / "albef.pth", tiny_model(image_layers=2))
+
+
+# ------------------------------------------------------------------------------------------------
+# Backbones
+
+
+def save_backbones(folder, name):
+    """A tiny pre-trained image model and BERT -> both folders."""
+    small = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64, num_hidden_layers=2)
+    torch.manual_seed(5)
+    config = transformers.AutoConfig.for_model(name, image_size=32, patch_size=16, **small)
+    transformers.AutoModel.from_config(config).save_pretrained(folder / name)
+    make_toy_dataset(folder / "toy", train=4, val=2, test=2)
+    text = transformers.AutoConfig.from_pretrained(folder / "toy" / "text-model")
+    transformers.AutoModel.from_config(text).save_pretrained(folder / "toy" / "text-model")
+    return folder / name, folder / "toy" / "text-model"
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "beit", "dinov2"])
+def test_image_encoders_load_their_weights_and_say_how_many(tmp_path, capsys, name):
+    image, text = save_backbones(tmp_path, name)
+    torch.manual_seed(6)
+    model, *_ = loopitr.build_model(image, text, 2)
+    said = capsys.readouterr().err
+    expected = transformers.AutoModel.from_pretrained(image).state_dict()
+    loaded = model.image_encoder.state_dict()
+    assert all(torch.equal(loaded[key], expected[key]) for key in loaded) and len(loaded) > 20
+    assert f"{image}: {len(expected)} of {len(expected)} tensors" in said and "fresh: none" in said
+    for size in (32, 48):  # at another size than it was trained for, if it can
+        if name != "beit" or size == 32:
+            tokens, embedding = model.encode_image(torch.randn(2, 3, size, size))
+            assert tokens.shape == (2, (size // 16) ** 2 + (2 if name == "deit" else 1), 32)
+
+
+def test_an_encoder_without_any_of_its_weights_is_an_error(tmp_path, capsys):
+    image, text = save_backbones(tmp_path, "vit")
+    file, = image.glob("*.safetensors")
+    from safetensors.torch import load_file, save_file
+    save_file({f"renamed.{key}": value for key, value in load_file(file).items()}, file,
+              metadata={"format": "pt"})
+    with pytest.raises(loopitr.InputError, match="no weights for ViTModel"):
+        loopitr.build_model(image, text, 2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Two processes
+
+
+def one_step(rank, processes, folder, pairs=8):
+    """The gradients of the contrastive loss on this process's part of a fixed batch."""
+    model, (pixels, ids, mask) = tiny_model(), random_batch(None, images=pairs, texts=pairs)
+    batch = pixels, ids, mask, torch.tensor([0, 1, 2, 3, 0, 4, 5, 1])  # positives across both
+    batch = [part.chunk(processes)[rank] for part in batch]
+    parallel = model
+    if processes > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet",
+                                             rank=rank, world_size=processes)
+        parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    losses = parallel(batch, 2, "softmax", "none", 1.0, False)
+    losses["contrastive"].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.save((losses["contrastive"].detach(), gradients), f"{folder}/{processes}-{rank}")
+
+
+def test_two_processes_have_the_gradients_of_one_on_the_joined_batch(tmp_path):
+    one_step(0, 1, tmp_path)
+    torch.multiprocessing.spawn(one_step, (2, tmp_path), nprocs=2)
+    loss, gradients = torch.load(tmp_path / "1-0")
+    for rank in (0, 1):
+        its_loss, its_gradients = torch.load(tmp_path / f"2-{rank}")
+        torch.testing.assert_close(its_loss, loss)
+        assert set(its_gradients) >= set(gradients)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(its_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_torchrun_trains_and_its_evaluation_equals_one_process(root, tmp_path, capsys):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+         loopitr.__file__, "--train", *command(root, tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in log_of(tmp_path)] == list(range(1, 11))
+    assert loopitr.main(["--evaluate", "--output", str(tmp_path)]) == 0
+    alone = capsys.readouterr().out.splitlines()[1:4]
+    assert [line.split()[:9] for line in done.stdout.splitlines()[1:4]] == [
+        line.split()[:9] for line in alone]
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory and search
+
+
+def test_accumulation_averages_the_gradients_of_the_parts(root, tmp_path):
+    model, (pixels, ids, mask) = tiny_model(), random_batch(None, images=8, texts=8)
+    batch = pixels, ids, mask, torch.arange(8)
+    args = loopitr.parse_arguments(["--train", "--accumulate", "2", "--batch-size", "8",
+                                    "--negatives", "3", "--sampling", "topk", "--device", "cpu"])
+    seen = []
+    optimizer = SimpleNamespace(zero_grad=model.zero_grad, step=lambda: seen.append(
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    loopitr.training_step(model, batch, optimizer, SimpleNamespace(step=lambda: None), args, 1.0)
+    model.zero_grad()
+    for part in zip(*(tensor.chunk(2) for tensor in batch)):
+        losses = loop_losses(model, part, 3, "topk")
+        ((losses["contrastive"] + losses["matching"] + losses["distillation"]) / 2).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for name, gradient in seen[0].items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad)
+
+
+def test_grad_checkpointing_changes_no_loss(root, trained, tmp_path):
+    assert loopitr.main(["--train", *command(root, tmp_path, "--grad-checkpointing")]) == 0
+    assert losses_of(tmp_path) == losses_of(trained[0])
+
+
+def test_search_by_words_equals_scoring_every_image(root, trained, tmp_path, capsys):
+    words = "a small red circle above a large blue square"
+    assert loopitr.main(["--search", words, "--checkpoint", str(trained[0] / "best.pt"),
+                         "--rerank", "all", "--dual-weight", "0"]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
+    args = loopitr.parse_arguments(["--evaluate", "--output", str(trained[0])])
+    model, tokenizer, statistics = loopitr.build_model(args.image_model, args.text_model, 2,
+                                                       init=trained[0] / "best.pt")
+    records = [r for r in load_captions(root / "toy" / "captions.json") if r.split == "test"]
+    images = torch.stack([loopitr.Images(records, loopitr.image_transform(48, *statistics))[i]
+                          for i in range(len(records))])
+    with torch.no_grad():
+        model.eval()
+        tokens, vectors = model.encode_image(images)
+        text, mask, vector = loopitr.encode_texts(model, tokenizer, [words])
+        index = torch.arange(len(records))
+        match = model.match(tokens, text, mask, index, index * 0)
+        dual = model.dual_logits(vectors, vector)[:, 0]
+    expected = sorted(zip(match.tolist(), dual.tolist(), (r.image for r in records)), reverse=True)
+    assert [line[2] for line in printed] == [image for *_, image in expected]
+    for line, (one, other, _) in zip(printed, expected):
+        assert (float(line[0]), float(line[1])) == pytest.approx((one, other), abs=0.02)
+    assert (trained[0] / "search.png").exists()
+
+
+def test_a_gallery_is_encoded_once_until_a_file_or_the_checkpoint_changes(root, trained, tmp_path,
+                                                                         monkeypatch, capsys):
+    checkpoint = tmp_path / "run" / "best.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes((trained[0] / "best.pt").read_bytes())
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for name, colour in (("a.png", "red"), ("more/b.jpg", "blue"), ("c.PNG", "green")):
+        Image.new("RGB", (20, 30), colour).save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    real, encoded = loopitr.encode_images, []
+    monkeypatch.setattr(loopitr, "encode_images", lambda model, images, *rest, **more: (
+        encoded.append(len(images)) or real(model, images, *rest, **more)))
+    for query, change, expected in (
+            ("a red circle", None, [3, 3]), ("a ring", None, [3]),
+            (tmp_path / "photos" / "a.png", None, [1]),
+            ("a ring", tmp_path / "photos" / "a.png", [3, 3]), ("a ring", checkpoint, [3, 3])):
+        if change:
+            os.utime(change, (1, 1))
+        encoded.clear()
+        assert loopitr.main(["--search", str(query), "--checkpoint", str(checkpoint), "--images",
+                             str(tmp_path / "photos")]) == 0
+        lines = capsys.readouterr().out.splitlines()[1:-1]
+        assert encoded == expected and len(lines) == 3
+    gallery = torch.load(f"{checkpoint}.gallery")
+    assert sorted(Path(name).name for name in gallery["names"]) == ["a.png", "b.jpg", "c.PNG"]
+    torch.testing.assert_close(gallery["vectors"].norm(dim=1), torch.ones(3))
+
+
+def test_a_photo_finds_itself_first_by_the_dual_encoder(root, trained, capsys):
+    photo = [r for r in load_captions(root / "toy" / "captions.json") if r.split == "test"][3].image
+    assert loopitr.main(["--search", photo, "--output", str(trained[0]), "--rerank", "5",
+                         "--dual-weight", "0"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert len(lines) == 5 and max(lines, key=lambda line: float(line[1]))[2] == photo
+    scores = [float(line[0]) for line in lines]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1  # by its captions
