@@ -839,7 +839,8 @@ def train(model, tokenizer, splits, transforms, args):
         result = evaluate(model, tokenizer, splits["val"], transforms[1], args)[0]
         write_line(args, split="val", step=state["step"], epoch=epoch, **result)
         dual, cross = result["dual"]["rsum"], result["cross"]["rsum"]
-        tqdm.write(f"{name}: rsum on val {dual:.1f} dual, {cross:.1f} re-ranked")
+        if world()[0] == 0:
+            tqdm.write(f"{name}: rsum on val {dual:.1f} dual, {cross:.1f} re-ranked")
         score = cross if args.matching_weight else dual  # untrained, the cross encoder has no say
         if score > state["best"]:
             state["best"] = score
@@ -857,6 +858,8 @@ def save(path, content):
     if world()[0] == 0:
         torch.save(content, f"{path}.part")
         os.replace(f"{path}.part", path)
+    if world()[1] > 1:  # the others may read it next
+        torch.distributed.barrier()
 
 
 def load_checkpoint(path, model=None):

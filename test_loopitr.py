@@ -805,7 +805,6 @@ def test_errors_of_the_command_line(root, tmp_path, capsys, trained):
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "foreign.pt"], "is not a checkpoint")
     fails(capsys, ["--evaluate", "--checkpoint", best, "--embedding", "32"], "does not fit",
           "image_projection")
-    fails(capsys, [*train, "--data", "coco"], "dataset_coco.json", "train2014")
 
 
 def test_errors_of_captions_and_images(root, tmp_path, capsys):
@@ -1009,8 +1008,8 @@ def albef_checkpoint(prefix, width=32, blocks=2, layers=4, grid=2, vocabulary=50
     linear("text_proj", embedding, width)
     linear("itm_head", 2, width)
     wanted = dict(state)
-    for name in [*wanted][::7]:
-        state[name.replace("encoder.", "encoder_m.", 1)] = torch.zeros(1)
+    for name in [*wanted][1:20:7]:
+        state[name.replace("visual_encoder.", "visual_encoder_m.")] = torch.zeros(1)
     state.update({"vision_proj_m.weight": torch.zeros(1), "image_queue": torch.zeros(1),
                   "text_queue": torch.zeros(1), "queue_ptr": torch.zeros(1),
                   "text_encoder.cls.predictions.bias": torch.zeros(1),
@@ -1177,8 +1176,8 @@ def test_torchrun_trains_and_its_evaluation_equals_one_process(root, tmp_path, c
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in log_of(tmp_path)] == list(range(1, 11))
     assert loopitr.main(["--evaluate", "--output", str(tmp_path)]) == 0
-    alone = capsys.readouterr().out.splitlines()[1:4]
-    assert [line.split()[:9] for line in done.stdout.splitlines()[1:4]] == [
+    alone = capsys.readouterr().out.splitlines()[-3:-1]
+    assert [line.split()[:9] for line in done.stdout.splitlines()[-3:-1]] == [
         line.split()[:9] for line in alone]
 
 
