@@ -793,6 +793,20 @@ def frozen_tokens(model, images, args, epoch):
         return encode_images(model, images, args.workers)[0]
 
 
+def prepare(model, args):
+    """Freeze and checkpoint as asked -> the module to call in training: model, or, with several
+    processes, its wrapper that averages their gradients."""
+    if args.freeze_image:
+        model.image_encoder.requires_grad_(False)
+    if args.grad_checkpointing:
+        for encoder in (model.image_encoder, model.text_encoder):
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    if world()[1] == 1:
+        return model
+    # Parameters without a gradient: DINOv2's mask token, the cross encoder at --matching-weight 0.
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+
 def train(model, tokenizer, splits, transforms, args):
     """Train, keeping last.pt (to resume) and best.pt (best re-ranked rsum on val) in --output.
 
@@ -800,17 +814,10 @@ def train(model, tokenizer, splits, transforms, args):
     a gradient is not finite, KeyboardInterrupt on Ctrl-C; both after saving.
     """
     output, images = Path(args.output), Images(splits["train"], transforms[0])
-    if args.freeze_image:
-        model.image_encoder.requires_grad_(False)
-    if args.grad_checkpointing:
-        for encoder in (model.image_encoder, model.text_encoder):
-            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    parallel = prepare(model, args)
     batches = Batches(splits["train"], images, tokenizer, args.batch_size, args.seed)
     total_steps = batches.per_epoch * args.epochs
     optimizer, scheduler = make_optimizer(model, args, total_steps)
-    parallel = model
-    if world()[1] > 1:
-        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     state = {"step": 0, "epoch": 0, "best": -1.0}
     if args.resume:
         state = resume(output, optimizer, scheduler)
@@ -1128,8 +1135,7 @@ def argument_parser():
     add("--train", action="store_true", help="train, then test the best epoch")
     add("--evaluate", action="store_true", help="test a checkpoint")
     add("--resume", action="store_true", help="go on with the interrupted training in --output")
-    add("--search", metavar="QUERY", help="words, or a photo's file: search the test split, or "
-        "--images without --data")
+    add("--search", metavar="QUERY", help="words or a photo, in the test split or in --images")
     add("--checkpoint", help="to evaluate; best.pt of --output if not given")
     add("--output", help="folder of checkpoints, log and picture; runs/DATA if not given")
     add("--rerank", default="16", help="K of each query's shortlist, or all")
@@ -1147,11 +1153,15 @@ def argument_parser():
     add("--image-size", type=int, default=384, help="pixels")
     add("--embedding", type=int, default=256, help="length of the dual encoder's vectors")
     add("--from-scratch", action="store_true", help="backbones with random weights")
-    add("--init", help="start from a checkpoint of ours or ALBEF's .pth; albef fetches the public "
-        "one of 4M images, none: only the backbones")
+    add("--init", help="checkpoint to start from: ours, ALBEF's .pth, albef (fetched), or none")
     add("--dropout", type=float, help="of text and cross encoder; the BERT's own if not given")
     add("--freeze-image", action="store_true", help="compute its tokens once an epoch (LiT)")
-    # the loop
+    training_options(add)
+    return parser
+
+
+def training_options(add):
+    """The options of the loop, of the optimiser and of the machine."""
     add("--negatives", type=int, default=4, help="m, hard negatives per image and per text")
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
     add("--hard-warmup", type=float, default=0.3, help="part of training with random ones first")
@@ -1173,7 +1183,6 @@ def argument_parser():
     add("--log-every", type=int, default=10, help="steps")
     add("--device", help="CUDA, else MPS, else CPU, if not given")
     add("--bf16", action=argparse.BooleanOptionalAction, help="autocast; by device if not given")
-    return parser
 
 
 def parse_arguments(argv):
