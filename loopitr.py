@@ -498,10 +498,23 @@ def build_model(image_model, text_model, text_layers, embedding=256, from_scratc
     """-> LoopITR, tokenizer, (pixel mean, std). The models are names or folders, as transformers
     takes them; `from_scratch` reads only their configurations and draws random weights, which
     `init`, the path of a checkpoint of ours or ALBEF's, replaces."""
-    from_scratch = from_scratch or init is not None
+    image_config, pixel_statistics = {}, None
+    if init is not None:
+        from_scratch = True
+        if Path(init).name == "ALBEF_4M.pth":
+            fetch("https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth",
+                  Path(init).parent, "weights under the BSD 3-clause licence")
+        content = load_checkpoint(init)
+        if "format" in content:
+            image_config, pixel_statistics = content["image_config"], content["pixel_statistics"]
+        else:  # ALBEF's: its grid of positions, its norms, and CLIP's pixel statistics
+            positions = content["model"]["visual_encoder.pos_embed"].shape[1]
+            image_config = dict(image_size=16 * math.isqrt(positions - 1), layer_norm_eps=1e-6)
+            pixel_statistics = ((0.48145466, 0.4578275, 0.40821073),
+                                (0.26862954, 0.26130258, 0.27577711))
     rates = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     try:
-        image_encoder = load_backbone(image_model, from_scratch)
+        image_encoder = load_backbone(image_model, from_scratch, **image_config)
         text_encoder = load_backbone(text_model, from_scratch,
                                      **({} if dropout is None else rates))
         tokenizer = transformers.AutoTokenizer.from_pretrained(text_model)
@@ -512,25 +525,22 @@ def build_model(image_model, text_model, text_layers, embedding=256, from_scratc
     if not 0 < text_layers < layers:
         raise InputError(f"--text-layers {text_layers}: {text_model} has {layers}, of which text "
                          "and cross encoder need at least one each")
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(image_model)
-        pixel_statistics = processor.image_mean, processor.image_std
-    except (OSError, ValueError):  # the folder has no preprocessor_config.json: ImageNet's figures
-        pixel_statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    if pixel_statistics is None:
+        try:
+            processor = transformers.AutoImageProcessor.from_pretrained(image_model)
+            pixel_statistics = processor.image_mean, processor.image_std
+        except (OSError, ValueError):  # no preprocessor_config.json in the folder: ImageNet's
+            pixel_statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     model = LoopITR(image_encoder, text_encoder, text_layers, embedding).float()
+    model.pixel_statistics = pixel_statistics
     if init is not None:
-        if Path(init).name == "ALBEF_4M.pth":
-            fetch("https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth",
-                  Path(init).parent, "weights under the BSD 3-clause licence")
-        stored = load_checkpoint(init, model).get("args")
-        pixel_statistics = stored["pixel_statistics"] if stored else (  # ALBEF's are CLIP's
-            (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+        load_checkpoint(init, model)
     return model, tokenizer, pixel_statistics
 
 
 def load_albef(model, state):
     """Fill model from ALBEF's released weights: checkpoint["model"] of a pre-trained or fine-tuned
-    .pth, a ViT whose grid may differ from --image-size, and a BERT with cross-attention above."""
+    .pth, whose ViT may have been trained at another size, and BERT with cross-attention above."""
     text_layers, vit, ours = len(model.text_encoder.encoder.layer), {}, {}
     for name, tensor in state.items():
         name = name.replace("text_encoder.bert.", "text_encoder.")  # the pre-trained file's
@@ -555,13 +565,11 @@ def load_albef(model, state):
                                  "^text_proj": "text_projection", "^temp$": "log_temperature"})
             ours[name] = (tensor[1:] - tensor[:1] if name.startswith("match_head") else  # class 1
                           tensor.log() if name == "log_temperature" else tensor)
-    config = model.image_encoder.config
-    config.image_size = config.patch_size * math.isqrt(
-        vit["embeddings.position_embeddings"].shape[1] - 1)
-    config.layer_norm_eps = 1e-6
-    model.image_encoder = type(model.image_encoder).from_pretrained(None, config=config,
-                                                                    state_dict=vit).float()
-    model.image_encoder.pooler = None
+    model.image_encoder, report = type(model.image_encoder).from_pretrained(
+        None, config=model.image_encoder.config, state_dict=vit, output_loading_info=True)
+    if any("pooler" not in name for name in report["missing_keys"]):
+        raise ValueError("its image encoder is a ViT-B/16")
+    model.image_encoder.float().pooler = None
     ours |= {f"image_encoder.{n}": t for n, t in model.image_encoder.state_dict().items()}
     model.load_state_dict(ours)
     print(f"ALBEF's checkpoint: all {len(ours)} tensors", file=sys.stderr)
@@ -856,8 +864,10 @@ def train(model, tokenizer, splits, transforms, args):
 
 def save_checkpoint(path, model, args, state, **rest):
     """Write what resuming and evaluating need; of several processes only the first writes."""
+    config = model.image_encoder.config
     save(path, {"format": "loopitr", "model": model.state_dict(), "args": vars(args),
-                "state": dict(state), **rest})
+                "state": dict(state), "pixel_statistics": model.pixel_statistics, "image_config":
+                dict(image_size=config.image_size, layer_norm_eps=config.layer_norm_eps), **rest})
 
 
 def save(path, content):
@@ -875,12 +885,12 @@ def load_checkpoint(path, model=None):
     of the two, or does not fit."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if model and "visual_encoder.cls_token" in content["model"]:
-            load_albef(model, content["model"])
-        elif content["format"] != "loopitr":
+        albef = "visual_encoder.pos_embed" in content["model"]
+        if not albef and content["format"] != "loopitr":
             raise ValueError("written by another program")
-        elif model:
-            model.load_state_dict(content["model"])
+        if model is not None:
+            load_albef(model, content["model"]) if albef else model.load_state_dict(
+                content["model"])
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}: train first") from None
     except Exception as error:  # foreign files make torch.load raise many kinds
@@ -1204,8 +1214,10 @@ def parse_arguments(argv):
     if args.resume or args.evaluate or args.search:
         stored = load_checkpoint(checkpoint)["args"]
         for option in ("train", "evaluate", "resume", "search", "device",
-                       *(["images"] if args.data else []), *([] if args.resume else ["bf16"])):
+                       *(["images"] if args.data else [])):
             stored.pop(option)
+        if not args.resume and stored["bf16"]:
+            stored["bf16"] = None  # by the device that evaluates, which may be another
         parser.set_defaults(**stored)
     parser.set_defaults(output=output, checkpoint=checkpoint)
     without_captions = args.search and args.images and not args.data
@@ -1265,12 +1277,12 @@ def main(argv=None):
         start_process(args)
         splits = in_turn(load_splits, args.data, args.root, args.images,
                          ("train", "val", "test") if args.train else ("test",))
-        model, tokenizer, args.pixel_statistics = in_turn(
+        model, tokenizer, pixel_statistics = in_turn(
             build_model, args.image_model, args.text_model, args.text_layers, args.embedding,
             args.from_scratch, args.dropout,
             args.init if args.train and not args.resume else args.checkpoint)
         model.to(args.device)
-        transforms = [image_transform(args.image_size, *args.pixel_statistics, augment)
+        transforms = [image_transform(args.image_size, *pixel_statistics, augment)
                       for augment in (args.augment, False)]
         Path(args.output).mkdir(parents=True, exist_ok=True)
         if args.search:

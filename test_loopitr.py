@@ -30,7 +30,8 @@ def tiny_model(seed=0, text_layers=2, image_layers=1):
     torch.manual_seed(seed)
     shape = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64, initializer_range=0.2)
     image = transformers.AutoModel.from_config(
-        transformers.ViTConfig(num_hidden_layers=image_layers, image_size=32, patch_size=16, **shape))
+        transformers.ViTConfig(num_hidden_layers=image_layers, image_size=32, patch_size=16,
+                               **shape))
     text = transformers.AutoModel.from_config(
         transformers.BertConfig(num_hidden_layers=4, vocab_size=50, **shape))
     return loopitr.LoopITR(image, text, text_layers, embedding=16).eval()
@@ -1085,6 +1086,32 @@ def test_albef_gives_the_same_embeddings_and_match_logits_here(tmp_path, prefix,
         torch.testing.assert_close(images[i], image, rtol=0, atol=1e-5)
         torch.testing.assert_close(texts[t], text, rtol=0, atol=1e-5)
         torch.testing.assert_close(logit, match, rtol=1e-5, atol=1e-5)
+
+
+def test_training_starts_from_albef_and_its_checkpoint_is_evaluated(root, tmp_path, capsys):
+    shape = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64)
+    vocabulary = (root / "toy" / "text-model" / "vocab.txt").read_text()
+    for kind, config in (
+            ("vit", transformers.ViTConfig(num_hidden_layers=2, image_size=48, **shape)),
+            ("dinov2", transformers.Dinov2Config(num_hidden_layers=2, image_size=32, patch_size=16,
+                                                 **shape)),
+            ("text", transformers.BertConfig(num_hidden_layers=4, vocab_size=len(
+                vocabulary.split()), **shape))):
+        config.save_pretrained(tmp_path / kind)
+    (tmp_path / "text" / "vocab.txt").write_text(vocabulary)
+    state, _ = albef_checkpoint("text_encoder.", vocabulary=len(vocabulary.split()))
+    torch.save({"model": state}, tmp_path / "albef.pth")
+    train = ["--train", *command(root, tmp_path / "run", "--data", root / "toy" / "captions.json",
+                                 "--text-model", tmp_path / "text", "--text-layers", 2,
+                                 "--embedding", 16, "--image-size", 64, "--workers", 0,
+                                 "--init", tmp_path / "albef.pth", "--image-model")]
+    assert loopitr.main([*train, str(tmp_path / "vit")]) == 0
+    assert loopitr.main(["--evaluate", "--output", str(tmp_path / "run")]) == 0
+    trained, alone = log_of(tmp_path / "run", "k")[-2:]
+    assert trained["cross"]["rsum"] == alone["cross"]["rsum"]
+    best = torch.load(tmp_path / "run" / "best.pt")
+    assert best["pixel_statistics"][0][0] == 0.48145466 and best["image_config"]["image_size"] == 32
+    fails(capsys, [*train, tmp_path / "dinov2"], "albef.pth", "image encoder is a ViT")
 
 
 def test_an_albef_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
