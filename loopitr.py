@@ -1216,8 +1216,7 @@ def parse_arguments(argv):
         for option in ("train", "evaluate", "resume", "search", "device",
                        *(["images"] if args.data else [])):
             stored.pop(option)
-        if not args.resume and stored["bf16"]:
-            stored["bf16"] = None  # by the device that evaluates, which may be another
+        stored["bf16"] = stored["bf16"] and (args.resume or None)  # to evaluate: by its device
         parser.set_defaults(**stored)
     parser.set_defaults(output=output, checkpoint=checkpoint)
     without_captions = args.search and args.images and not args.data
