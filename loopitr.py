@@ -714,11 +714,6 @@ def join(x):
     return torch.cat([part.to(x.device) for part in parts])
 
 
-def shortlist_length(args, candidates):
-    """--rerank, at most the number of candidates."""
-    return len(candidates) if args.rerank == "all" else min(int(args.rerank), len(candidates))
-
-
 def gather(x):
     """x (B,..) of this process -> (world * B,..) of all, in order of rank, with gradient to all."""
     return torch.cat(all_gather(x)) if world()[1] > 1 else x
@@ -1001,6 +996,11 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     return scores
 
 
+def shortlist_length(args, candidates):
+    """--rerank, at most the number of candidates."""
+    return len(candidates) if args.rerank == "all" else min(int(args.rerank), len(candidates))
+
+
 def evaluate(model, tokenizer, records, transform, args):
     """Recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top --rerank.
 
@@ -1068,21 +1068,24 @@ def search(model, tokenizer, records, transform, query, args):
     """
     photo = os.path.exists(query)
     vectors = gallery_vectors(model, records, transform, args).to(args.device)
-    vector = (encode_images(model, Images([Record(query, [], "")], transform))[1] if photo else
-              encode_texts(model, tokenizer, [query])[2])
+    if photo:
+        tokens, vector = encode_images(model, Images([Record(query, [], "")], transform))
+    else:
+        vector = encode_texts(model, tokenizer, [query])[2]
     scores, top = model.dual_logits(vectors, vector).squeeze(1).topk(
         shortlist_length(args, records))
     shortlist = [records[i] for i in top.tolist()]
-    images = [Record(query, [], "")] if photo else shortlist
+    if not photo:
+        tokens = encode_images(model, Images(shortlist, transform))[0]
     texts = [text for r in shortlist for text in r.captions] if photo else [query]
     # The place in the shortlist that each pair speaks for.
     place = [i for i, r in enumerate(shortlist) for _ in (r.captions if photo else [query])]
     logits = torch.zeros(len(shortlist), device=args.device)
     if texts:
         text_tokens, mask, _ = encode_texts(model, tokenizer, texts)
-        pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(len(texts)))
-        match = model.match(encode_images(model, Images(images, transform))[0].to(args.device),
-                            text_tokens, mask, *pairs.to(args.device).unbind(1))
+        pairs = torch.cartesian_prod(torch.arange(len(tokens)), torch.arange(len(texts)))
+        match = model.match(tokens.to(args.device), text_tokens, mask,
+                            *pairs.to(args.device).unbind(1))
         logits.scatter_reduce_(0, torch.tensor(place, device=args.device), match, "amax",
                                include_self=False)
     return [(shortlist[i], scores[i].item(), logits[i].item())
