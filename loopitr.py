@@ -19,7 +19,7 @@ true pair from those; (4) its logits of the same candidates are distilled into t
 Left out: masked language modelling, momentum encoders and queues, which serve ALBEF's pre-training
 more than retrieval. The recipe is ALBEF's. Ours, because what we know of the paper is silent: all
 of the distillation but its direction, m, random negatives first, the learning rate of fresh parts,
-gradient clipping, true pairs counted once in the matching loss, dual logits added in re-ranking.
+gradient clipping, true pairs counted once in the matching loss and corrected for sampling.
 
 Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
 V text tokens without padding, D width, E embedding, Q queries, C candidates, m hard negatives.
@@ -226,8 +226,8 @@ def load_splits(data, root, images, needed):
     return splits
 
 
-def image_transform(size, mean, std, augment=False):
-    """PIL image -> tensor (3,size,size), augmented as by ALBEF."""
+def image_transform(size, pixel_statistics, augment=False):
+    """PIL image -> tensor (3,size,size), normalised by (mean, std) and augmented as by ALBEF."""
     bicubic, random_change = InterpolationMode.BICUBIC, v2.RandAugment(num_ops=2, magnitude=7)
     # Captions name colours, so ALBEF leaves out what changes them.
     random_change._AUGMENTATION_SPACE = {
@@ -237,7 +237,7 @@ def image_transform(size, mean, std, augment=False):
               v2.RandomHorizontalFlip(), random_change] if augment
              else [v2.Resize((size, size), interpolation=bicubic)])
     return v2.Compose([*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-                       v2.Normalize(mean, std)])
+                       v2.Normalize(*pixel_statistics)])
 
 
 class Images(Dataset):
@@ -494,10 +494,10 @@ def load_backbone(name, from_scratch, **options):
 
 
 def build_model(image_model, text_model, text_layers, embedding=256, from_scratch=False,
-                dropout=None, init=None):
-    """-> LoopITR, tokenizer, (pixel mean, std). The models are names or folders, as transformers
-    takes them; `from_scratch` reads only their configurations and draws random weights, which
-    `init`, the path of a checkpoint of ours or ALBEF's, replaces."""
+                init=None):
+    """-> LoopITR, tokenizer. The models are names or folders, as transformers takes them;
+    `from_scratch` reads only their configurations and draws random weights, which `init`, the path
+    of a checkpoint of ours or ALBEF's, replaces."""
     image_config, pixel_statistics = {}, None
     if init is not None:
         from_scratch = True
@@ -512,11 +512,9 @@ def build_model(image_model, text_model, text_layers, embedding=256, from_scratc
             image_config = dict(image_size=16 * math.isqrt(positions - 1), layer_norm_eps=1e-6)
             pixel_statistics = ((0.48145466, 0.4578275, 0.40821073),
                                 (0.26862954, 0.26130258, 0.27577711))
-    rates = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     try:
         image_encoder = load_backbone(image_model, from_scratch, **image_config)
-        text_encoder = load_backbone(text_model, from_scratch,
-                                     **({} if dropout is None else rates))
+        text_encoder = load_backbone(text_model, from_scratch)
         tokenizer = transformers.AutoTokenizer.from_pretrained(text_model)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load {image_model} and {text_model}: "
@@ -535,7 +533,7 @@ def build_model(image_model, text_model, text_layers, embedding=256, from_scratc
     model.pixel_statistics = pixel_statistics
     if init is not None:
         load_checkpoint(init, model)
-    return model, tokenizer, pixel_statistics
+    return model, tokenizer
 
 
 def load_albef(model, state):
@@ -598,6 +596,20 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
         return scores.topk(min(num_negatives, fewest), dim=1).indices
 
 
+def log_sampling_rate(similarity, num_negatives, strategy="softmax"):
+    """How often `sample_hard_negatives` brings each pair as a negative, drawing m texts per image
+    and m images per text: its logarithm (B,B), without gradient.
+
+    Against negatives drawn at rate q, a classifier's best logit is log p / q, whatever the dual
+    encoder knows taken out again. Trained as logit - log q, the logit itself becomes log p, which
+    ranks by itself and is fit to teach: logQ correction (noise-contrastive estimation; ours).
+    """
+    # topk and random take all that they may take at one rate.
+    logits = similarity.detach() * (strategy == "softmax")
+    return (torch.logaddexp(logits.log_softmax(0), logits.log_softmax(1))
+            + math.log(max(num_negatives, 1)))
+
+
 # ------------------------------------------------------------------------------------------------
 # Losses
 
@@ -648,7 +660,7 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 
 
 def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", temperature=1.0,
-                cross=True):
+                logq=True, cross=True):
     """One turn of the loop -> dict of scalars: three losses; dual_recall, how often a right text is
     first among the batch's; cross_recall, how often the true partner is first of its 1 + m
     candidates. `cross=False` stops after the dual encoder.
@@ -681,7 +693,9 @@ def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", t
     image_index = torch.cat([own, own.repeat_interleave(m), hard_images.flatten()])
     text_index = torch.cat([own, hard_texts.flatten(), own.repeat_interleave(m)])
     logits = model.match(image_tokens, text_tokens, attention_mask, image_index, text_index)
-    losses["matching"] = matching_loss(logits, is_positive[image_index, text_index])
+    log_q = log_sampling_rate(similarity, m, sampling) * logq
+    losses["matching"] = matching_loss(logits - log_q[image_index, text_index],
+                                       is_positive[image_index, text_index])
 
     # Cross -> dual: both encoders' logits (2B,1+m) of the same candidates, true partner first.
     def candidates(pair_logits):
@@ -750,7 +764,7 @@ def training_step(model, batch, optimizer, scheduler, args, progress):
     for part in zip(*(tensor.to(args.device).chunk(args.accumulate) for tensor in batch)):
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
             losses = model(part, args.negatives, sampling, args.distill, args.distill_temperature,
-                           args.matching_weight > 0)
+                           args.logq, args.matching_weight > 0)
         losses["loss"] = sum(weights[name] * losses[name] for name in weights if name in losses)
         (losses["loss"] / args.accumulate).backward()
     # At the high learning rates that a fresh cross-attention needs it can collapse without this.
@@ -810,13 +824,14 @@ def prepare(model, args):
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
-def train(model, tokenizer, splits, transforms, args):
+def train(model, tokenizer, splits, args):
     """Train, keeping last.pt (to resume) and best.pt (best re-ranked rsum on val) in --output.
 
-    splits: {"train", "val"} -> Records; transforms: of training and of evaluation. InputError when
-    a gradient is not finite, KeyboardInterrupt on Ctrl-C; both after saving.
+    splits: {"train", "val"} -> Records. InputError when a gradient is not finite, KeyboardInterrupt
+    on Ctrl-C; both after saving.
     """
-    output, images = Path(args.output), Images(splits["train"], transforms[0])
+    output, images = Path(args.output), Images(splits["train"], image_transform(
+        args.image_size, model.pixel_statistics, args.augment))
     parallel = prepare(model, args)
     batches = Batches(splits["train"], images, tokenizer, args.batch_size, args.seed)
     total_steps = batches.per_epoch * args.epochs
@@ -846,7 +861,7 @@ def train(model, tokenizer, splits, transforms, args):
                         cuda_rng=torch.cuda.get_rng_state_all())
         if stopped:
             raise stopped
-        result = evaluate(model, tokenizer, splits["val"], transforms[1], args)[0]
+        result = evaluate(model, tokenizer, splits["val"], args)[0]
         write_line(args, split="val", step=state["step"], epoch=epoch, **result)
         dual, cross = result["dual"]["rsum"], result["cross"]["rsum"]
         if world()[0] == 0:
@@ -965,17 +980,15 @@ def encode_texts(model, tokenizer, captions, batch_size=256):
 
 
 @torch.no_grad()
-def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dual_weight=0.0,
-           first=0, pairs_per_pass=2048):
+def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, first=0,
+           pairs_per_pass=2048):
     """Cross encoder over the union of both directions' shortlists, each pair scored once.
 
     image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L), dual_scores (I,T); the top k
     texts of each image and the top k images of each text are taken (all, if k is larger). Of
     several processes each scores the images it holds, image_tokens[0] being image `first`.
-    -> scores (I,T) in double precision on the CPU: match logits plus dual_weight * dual logits on
-    the shortlists, everything else below them in dual order. Against negatives drawn from the
-    softmax of dual logits, match logits learn what those do not say, log p / q instead of log p:
-    a weight near 1 adds log q back (ours, from noise-contrastive estimation; BLIP adds it too).
+    -> scores (I,T) in double precision on the CPU: match logits on the shortlists, everything
+    else below them in dual order.
     """
     model.eval()
     shortlisted = torch.zeros_like(dual_scores, dtype=torch.bool)
@@ -989,8 +1002,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
         tokens = image_tokens[low:high + 1].to(text_tokens.device)
         logits.append(model.match(tokens, text_tokens, attention_mask, image_index - low,
                                   text_index))
-    scores = dual_scores.cpu().double()
-    logits = join(torch.cat(logits)).cpu().double() + dual_weight * scores[shortlisted.cpu()]
+    scores, logits = dual_scores.cpu().double(), join(torch.cat(logits)).cpu().double()
     scores += logits.min() - scores.max() - 1
     scores[shortlisted.cpu()] = logits
     return scores
@@ -1001,7 +1013,7 @@ def shortlist_length(args, candidates):
     return len(candidates) if args.rerank == "all" else min(int(args.rerank), len(candidates))
 
 
-def evaluate(model, tokenizer, records, transform, args):
+def evaluate(model, tokenizer, records, args):
     """Recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top --rerank.
 
     -> {"images", "texts", "k", "dual": {.., "seconds"}, "cross": {.., "seconds"}}, dual scores
@@ -1013,16 +1025,16 @@ def evaluate(model, tokenizer, records, transform, args):
     k = shortlist_length(args, records if len(records) > len(captions) else captions)
     rank, size = world()
     first, last = (len(records) * r // size for r in (rank, rank + 1))
+    images = Images(records[first:last], image_transform(args.image_size, model.pixel_statistics))
     start = time.perf_counter()
     with torch.autocast(model.log_temperature.device.type, torch.bfloat16, enabled=args.bf16):
-        image_tokens, images = encode_images(model, Images(records[first:last], transform),
-                                             args.workers)
+        image_tokens, vectors = encode_images(model, images, args.workers)
         text_tokens, mask, texts = encode_texts(model, tokenizer, captions)
-        dual_scores = model.dual_logits(join(images), texts)
+        dual_scores = model.dual_logits(join(vectors), texts)
         dual = recall_at_k(dual_scores, image_of_text)
         dual["seconds"] = time.perf_counter() - start
         cross_scores = rerank(model, image_tokens, text_tokens, mask, dual_scores, k,
-                              args.dual_weight, first)
+                              first)
     cross = recall_at_k(cross_scores, image_of_text)
     cross["seconds"] = time.perf_counter() - start
     result = dict(images=len(records), texts=len(captions), k=k, dual=dual, cross=cross)
@@ -1042,34 +1054,34 @@ def print_table(result):
 # Search
 
 
-def gallery_vectors(model, records, transform, args):
-    """Unit embeddings (I,E) of the images, computed once and kept beside the checkpoint, with their
+def gallery_vectors(model, images, args):
+    """Unit embeddings (I,E) of Images, computed once and kept beside the checkpoint, with their
     file names, until a file or the checkpoint changes."""
-    store = Path(f"{args.checkpoint}.gallery")
+    store, names = Path(f"{args.checkpoint}.gallery"), [r.image for r in images.records]
     stamps = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns]
-              for path in (args.checkpoint, *(record.image for record in records))]
+              for path in (args.checkpoint, *names)]
     if store.exists():
         gallery = torch.load(store, weights_only=True)
         if gallery["stamps"] == stamps:
             return gallery["vectors"]
-    vectors = encode_images(model, Images(records, transform), args.workers, keep_tokens=False)[1]
-    save(store, dict(stamps=stamps, names=[record.image for record in records],
-                     vectors=vectors.cpu()))
+    vectors = encode_images(model, images, args.workers, keep_tokens=False)[1]
+    save(store, dict(stamps=stamps, names=names, vectors=vectors.cpu()))
     return vectors
 
 
 @torch.no_grad()
-def search(model, tokenizer, records, transform, query, args):
+def search(model, tokenizer, records, query, args):
     """Search the images of `records` by words, or by a photo if `query` is a file.
 
     -> [(record, dual logit, match logit)], the dual encoder's top --rerank, re-ranked. The cross
     encoder matches words with each image of the shortlist; a photo with their captions, of which
     the best counts (without captions all match logits are 0 and the dual order stays).
     """
-    photo = os.path.exists(query)
-    vectors = gallery_vectors(model, records, transform, args).to(args.device)
+    transform = image_transform(args.image_size, model.pixel_statistics)
+    vectors = gallery_vectors(model, Images(records, transform), args).to(args.device)
+    photo = [Record(query, [], "")] if os.path.exists(query) else []
     if photo:
-        tokens, vector = encode_images(model, Images([Record(query, [], "")], transform))
+        tokens, vector = encode_images(model, Images(photo, transform))
     else:
         vector = encode_texts(model, tokenizer, [query])[2]
     scores, top = model.dual_logits(vectors, vector).squeeze(1).topk(
@@ -1089,7 +1101,7 @@ def search(model, tokenizer, records, transform, query, args):
         logits.scatter_reduce_(0, torch.tensor(place, device=args.device), match, "amax",
                                include_self=False)
     return [(shortlist[i], scores[i].item(), logits[i].item())
-            for i in (logits + args.dual_weight * scores).argsort(descending=True).tolist()]
+            for i in logits.argsort(descending=True, stable=True).tolist()]
 
 
 def draw_rows(path, rows, columns=5, side=96):
@@ -1152,7 +1164,6 @@ def argument_parser():
     add("--checkpoint", help="to evaluate; best.pt of --output if not given")
     add("--output", help="folder of checkpoints, log and picture; runs/DATA if not given")
     add("--rerank", default="16", help="K of each query's shortlist, or all")
-    add("--dual-weight", type=float, default=1.0, help="of dual logits, added to match logits")
     # data
     add("--data", nargs="+", help="toy (if not given), flickr30k, coco or captions file(s)")
     add("--images", help="folder that image paths start from; the captions file's if not given")
@@ -1167,7 +1178,6 @@ def argument_parser():
     add("--embedding", type=int, default=256, help="length of the dual encoder's vectors")
     add("--from-scratch", action="store_true", help="backbones with random weights")
     add("--init", help="checkpoint to start from: ours, ALBEF's .pth, albef (fetched), or none")
-    add("--dropout", type=float, help="of text and cross encoder; the BERT's own if not given")
     add("--freeze-image", action="store_true", help="compute its tokens once an epoch (LiT)")
     training_options(add)
     return parser
@@ -1177,6 +1187,7 @@ def training_options(add):
     """The options of the loop, of the optimiser and of the machine."""
     add("--negatives", type=int, default=4, help="m, hard negatives per image and per text")
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
+    add("--logq", action=argparse.BooleanOptionalAction, default=True, help="correct for sampling")
     add("--hard-warmup", type=float, default=0.3, help="part of training with random ones first")
     add("--distill", choices=("none", "kl", "mse", "margin", "rank"), default="kl")
     add("--distill-weight", type=float, default=1.0, help="in the total loss")
@@ -1204,8 +1215,8 @@ def parse_arguments(argv):
     parser = argument_parser()
     args = parser.parse_args(argv)
     name = args.data[0] if args.data else "toy"
-    pre_trained = {} if args.init == "none" else dict(init="albef", hard_warmup=0.0,
-                                                      distill_warmup=0.0)
+    pre_trained = {} if args.init == "none" else dict(
+        init="albef", hard_warmup=0.0, distill_warmup=0.0, logq=False)
     presets = {"flickr30k": pre_trained, "coco": dict(epochs=5, **pre_trained), "toy": dict(
         image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
         text_layers=2, image_size=48, from_scratch=True, augment=False, epochs=7, batch_size=64,
@@ -1279,23 +1290,20 @@ def main(argv=None):
         start_process(args)
         splits = in_turn(load_splits, args.data, args.root, args.images,
                          ("train", "val", "test") if args.train else ("test",))
-        model, tokenizer, pixel_statistics = in_turn(
+        model, tokenizer = in_turn(
             build_model, args.image_model, args.text_model, args.text_layers, args.embedding,
-            args.from_scratch, args.dropout,
-            args.init if args.train and not args.resume else args.checkpoint)
+            args.from_scratch, args.init if args.train and not args.resume else args.checkpoint)
         model.to(args.device)
-        transforms = [image_transform(args.image_size, *pixel_statistics, augment)
-                      for augment in (args.augment, False)]
         Path(args.output).mkdir(parents=True, exist_ok=True)
         if args.search:
-            show(search(model, tokenizer, splits["test"], transforms[1], args.search, args), args)
+            show(search(model, tokenizer, splits["test"], args.search, args), args)
             return 0
         if args.train:
-            train(model, tokenizer, splits, transforms, args)
+            train(model, tokenizer, splits, args)
             args.checkpoint = f"{args.output}/best.pt"
-        step = load_checkpoint(args.checkpoint, model)["state"]["step"]
-        result, *scores = evaluate(model, tokenizer, splits["test"], transforms[1], args)
-        write_line(args, split="test", step=step, **result)
+            load_checkpoint(args.checkpoint, model)
+        result, *scores = evaluate(model, tokenizer, splits["test"], args)
+        write_line(args, split="test", **result)
         if world()[0] == 0:
             print_table(result)
             draw_retrieval(f"{args.output}/retrieval.png", splits["test"], *scores)
