@@ -47,10 +47,10 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
+from transformers.trainer_pt_utils import torch_distributed_zero_first
 
 
 class InputError(ValueError):
@@ -161,7 +161,7 @@ def fetch(url, folder, terms):
     Safe to repeat: nothing has its final name before it is whole. InputError if it cannot be had.
     """
     name, zipped = url.rpartition("/")[2], url.endswith(".zip")
-    target, part = Path(folder, name.removesuffix(".zip")), Path(folder, f"{name}.part")
+    target = Path(folder, name.removesuffix(".zip"))
     if target.exists():
         return target
     try:
@@ -169,20 +169,17 @@ def fetch(url, folder, terms):
         request = urllib.request.Request(url, method="HEAD")
         size = int(urllib.request.urlopen(request, timeout=60).headers["Content-Length"])
         print(f"downloading {url}, {size / 1e6:,.1f} MB; {terms}", file=sys.stderr)
-        torch.hub.download_url_to_file(url, str(part))
-        if part.stat().st_size != size:  # torch.hub takes a cut connection for the end of the file
-            raise OSError(f"the connection broke after {part.stat().st_size} of {size} bytes")
-        if zipped:
-            with tempfile.TemporaryDirectory(dir=folder) as unpacked:
-                shutil.unpack_archive(part, unpacked, "zip")
-                os.replace(Path(unpacked, target.name), target)
-        else:
-            os.replace(part, target)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            file = Path(aside, name)
+            torch.hub.download_url_to_file(url, str(file))
+            if file.stat().st_size != size:  # torch.hub takes a cut connection for the file's end
+                raise OSError(f"the connection broke after {file.stat().st_size} of {size} bytes")
+            if zipped:
+                shutil.unpack_archive(file, aside)
+            os.replace(Path(aside, target.name), target)
     except (OSError, TypeError, EOFError, shutil.ReadError, zipfile.BadZipFile) as error:
         raise InputError(f"{url} failed ({error}): run again, or download it by hand"
                          f"{' and unpack it' * zipped} to {target}") from None
-    finally:
-        part.unlink(missing_ok=True)
     return target
 
 
@@ -269,20 +266,21 @@ class Batches(Dataset):
     def __init__(self, records, images, tokenizer, batch_size, seed):
         self.captions = [(number, text) for number, r in enumerate(records) for text in r.captions]
         self.images, self.tokenizer = images, tokenizer
-        self.batch_size, self.seed, self.share = batch_size, seed, world()
+        self.batch_size, self.seed = batch_size, seed
+        self.share = world()  # asked here, since loader processes are not part of it
         self.per_epoch = len(self.captions) // batch_size
         if not self.per_epoch:
             raise InputError(f"--batch-size {batch_size}: there are {len(self.captions)} captions")
 
     def __getitem__(self, step):
         epoch, place = divmod(step, self.per_epoch)
-        generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
+        generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
         order = torch.randperm(len(self.captions), generator=generator)
         rank, processes = self.share  # of a batch, each process takes an equal part
         numbers, captions = zip(*[self.captions[i] for i in order[
             place * self.batch_size:][:self.batch_size].chunk(processes)[rank].tolist()])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1_000_000 * self.seed + 100_000_000 * rank + step)
+            torch.manual_seed(hash((self.seed, rank, step)))
             pixels = torch.stack([self.images[number] for number in numbers])
         return pixels, *tokenize(self.tokenizer, captions), torch.tensor(numbers)
 
@@ -305,17 +303,17 @@ def ignore_interrupt(_):
 
 def layout_of(row, rows):
     """Where packed tokens stand in padded rows; row (V,), rising, is the row of each token.
-    -> slots (V,) = row * columns + column, rows, columns."""
+    -> present (rows,columns): bool, whether a token stands there; slots (V,): the place of each."""
     count = torch.bincount(row, minlength=rows)
     column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-    columns = int(count.max())
-    return row * columns + column, rows, columns
+    present = torch.arange(int(count.max()), device=row.device) < count[:, None]
+    return present, row * present.shape[1] + column
 
 
-def lay_out(x, slots, rows, columns):
+def lay_out(x, present, slots):
     """Packed tokens (V,D) -> padded rows (rows,columns,D), zeros where no token stands."""
-    padded = x.new_zeros(rows * columns, x.shape[1]).index_copy(0, slots, x)
-    return padded.unflatten(0, (rows, columns))
+    padded = x.new_zeros(present.numel(), x.shape[1]).index_copy(0, slots, x)
+    return padded.unflatten(0, present.shape)
 
 
 class Attention(nn.Module):
@@ -344,14 +342,14 @@ class Attention(nn.Module):
         query = lay_out(query, *layout)
         if source_layout:
             key, value = lay_out(key, *source_layout), lay_out(value, *source_layout)
-            mask = lay_out(torch.ones_like(source[:, :1]), *source_layout).bool().mT[:, None]
+            mask = source_layout[0][:, None, None]
         query, key, value = (t.unflatten(2, (self.heads, -1)).transpose(1, 2)
                              for t in (query, key, value))
         if x.device.type == "cpu":  # where this kernel's backward is slower in bf16 than in fp32
             query, key, value = query.float(), key.float(), value.float()
         with torch.autocast("cpu", enabled=False):
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        attended = attended.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, layout[0])
+        attended = attended.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, layout[1])
         return self.norm(x + self.dropout(self.output(attended)))
 
 
@@ -452,8 +450,8 @@ class LoopITR(nn.Module):
         for layer in self.cross_encoder[:-1]:
             x = layer(x, text_layout, image_layout, x, text_layout, image_tokens)
         # Of the last layer only [CLS] is read, so only [CLS] is computed: one token of each pair.
-        cls_layout = torch.arange(pairs, device=x.device), pairs, 1
-        x = self.cross_encoder[-1](x[position == 0], cls_layout, layout_of(
+        rows = torch.arange(pairs, device=x.device)
+        x = self.cross_encoder[-1](x[position == 0], layout_of(rows, pairs), layout_of(
             image_index, len(image_tokens)), x, text_layout, image_tokens)
         with full_precision(x):
             return self.match_head(x.float()).squeeze(1)[order.argsort()]
@@ -605,7 +603,7 @@ def log_sampling_rate(similarity, num_negatives, strategy="softmax"):
     ranks by itself and is fit to teach: logQ correction (noise-contrastive estimation; ours).
     """
     # topk and random take all that they may take at one rate.
-    logits = similarity.detach() * (strategy == "softmax")
+    logits = similarity.detach() if strategy == "softmax" else torch.zeros_like(similarity)
     return (torch.logaddexp(logits.log_softmax(0), logits.log_softmax(1))
             + math.log(max(num_negatives, 1)))
 
@@ -617,14 +615,12 @@ def log_sampling_rate(similarity, num_negatives, strategy="softmax"):
 def contrastive_loss(logits, is_positive):
     """Softmax cross-entropy, both directions, targets spread evenly over a query's positives.
 
-    logits (B,T): dual logits; is_positive (B,T): bool -> scalar. Source: ITC of ALBEF, without
-    momentum targets.
+    logits (B,T): dual logits; is_positive (B,T): bool -> scalar. A query without positives counts
+    as 0. Source: ITC of ALBEF, without momentum targets.
     """
-    def one_way(logits, targets):
-        targets = targets / targets.sum(1, keepdim=True)
-        return -(targets * logits.log_softmax(1)).sum(1).mean()
-
-    return (one_way(logits, is_positive.float()) + one_way(logits.T, is_positive.T.float())) / 2
+    targets = is_positive.float()
+    return (F.cross_entropy(logits, F.normalize(targets, p=1, dim=1))
+            + F.cross_entropy(logits.T, F.normalize(targets.T, p=1, dim=1))) / 2
 
 
 def matching_loss(logits, labels):
@@ -693,9 +689,10 @@ def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", t
     image_index = torch.cat([own, own.repeat_interleave(m), hard_images.flatten()])
     text_index = torch.cat([own, hard_texts.flatten(), own.repeat_interleave(m)])
     logits = model.match(image_tokens, text_tokens, attention_mask, image_index, text_index)
-    log_q = log_sampling_rate(similarity, m, sampling) * logq
-    losses["matching"] = matching_loss(logits - log_q[image_index, text_index],
-                                       is_positive[image_index, text_index])
+    correction = 0.0
+    if logq:
+        correction = log_sampling_rate(similarity, m, sampling)[image_index, text_index]
+    losses["matching"] = matching_loss(logits - correction, is_positive[image_index, text_index])
 
     # Cross -> dual: both encoders' logits (2B,1+m) of the same candidates, true partner first.
     def candidates(pair_logits):
@@ -707,30 +704,6 @@ def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", t
     if objective != "none":
         losses["distillation"] = distillation_loss(student, teacher, objective, temperature)
     return losses
-
-
-def world():
-    """-> rank of this process, number of processes: (0, 1) without torchrun."""
-    alone = not torch.distributed.is_initialized()
-    return (0, 1) if alone else (torch.distributed.get_rank(), torch.distributed.get_world_size())
-
-
-def progress_bar(items, name, leave=True):
-    """tqdm, on a terminal and in the first process only."""
-    return tqdm(items, name, leave=leave, disable=world()[0] > 0 or None)
-
-
-def join(x):
-    """x (C,..) of each process, C not the same in all -> all of them in order of rank."""
-    parts = [x] * world()[1]
-    if len(parts) > 1:
-        torch.distributed.all_gather_object(parts, x.cpu())
-    return torch.cat([part.to(x.device) for part in parts])
-
-
-def gather(x):
-    """x (B,..) of this process -> (world * B,..) of all, in order of rank, with gradient to all."""
-    return torch.cat(all_gather(x)) if world()[1] > 1 else x
 
 
 def make_optimizer(model, args, total_steps):
@@ -758,14 +731,15 @@ def training_step(model, batch, optimizer, scheduler, args, progress):
     # A fresh cross-attention gets going on any negatives, and much later on hard ones.
     sampling = args.sampling if progress >= args.hard_warmup else "random"
     # An untrained teacher would teach noise, so distillation waits for it.
-    weights = {"contrastive": args.contrastive_weight, "matching": args.matching_weight,
-               "distillation": args.distill_weight * (progress >= args.distill_warmup)}
+    loss_weights = {"contrastive": args.contrastive_weight, "matching": args.matching_weight,
+                    "distillation": args.distill_weight * (progress >= args.distill_warmup)}
     optimizer.zero_grad()
     for part in zip(*(tensor.to(args.device).chunk(args.accumulate) for tensor in batch)):
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
             losses = model(part, args.negatives, sampling, args.distill, args.distill_temperature,
                            args.logq, args.matching_weight > 0)
-        losses["loss"] = sum(weights[name] * losses[name] for name in weights if name in losses)
+        losses["loss"] = sum(weight * losses[name] for name, weight in loss_weights.items()
+                             if name in losses)
         (losses["loss"] / args.accumulate).backward()
     # At the high learning rates that a fresh cross-attention needs it can collapse without this.
     if not nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).isfinite():
@@ -784,6 +758,8 @@ def train_epoch(model, bar, optimizer, scheduler, state, args, total_steps):
     previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     try:
         for batch in bar:
+            # Dropout and negatives follow from seed and step too, as a resumed run needs it.
+            torch.manual_seed(hash((args.seed, world()[0], state["step"], 1)))
             losses = training_step(model, batch, optimizer, scheduler, args,
                                    progress=state["step"] / total_steps)
             state["step"] += 1
@@ -806,7 +782,7 @@ def frozen_tokens(model, images, args, epoch):
     device = model.log_temperature.device.type
     with (torch.random.fork_rng(devices=[]),
           torch.autocast(device, torch.bfloat16, enabled=args.bf16)):
-        torch.manual_seed(1000 * args.seed + epoch)
+        torch.manual_seed(hash((args.seed, epoch)))
         return encode_images(model, images, args.workers)[0]
 
 
@@ -842,7 +818,7 @@ def train(model, tokenizer, splits, args):
     else:
         (output / "log.jsonl").unlink(missing_ok=True)
     for epoch in range(state["epoch"], args.epochs):
-        state["epoch"], name, stopped = epoch, f"epoch {epoch + 1}/{args.epochs}", None
+        state["epoch"], name = epoch, f"epoch {epoch + 1}/{args.epochs}"
         if args.freeze_image and (args.augment or batches.images is images):
             batches.images = frozen_tokens(model, images, args, epoch)
         # With a generator of its own the loader leaves the global one to the model.
@@ -853,14 +829,9 @@ def train(model, tokenizer, splits, args):
         try:
             train_epoch(parallel, progress_bar(loader, name), optimizer, scheduler, state, args,
                         total_steps)
-        except (InputError, KeyboardInterrupt) as error:  # neither shall cost what is learned
-            stopped = error
-        # Saved before the evaluation too, so that an interruption there costs no training.
-        save_checkpoint(output / "last.pt", model, args, state, rng=torch.get_rng_state(),
-                        optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
-                        cuda_rng=torch.cuda.get_rng_state_all())
-        if stopped:
-            raise stopped
+        finally:  # whatever stopped it, and an interrupted evaluation, shall cost no training
+            save_checkpoint(output / "last.pt", model, args, state, optimizer=
+                            optimizer.state_dict(), scheduler=scheduler.state_dict())
         result = evaluate(model, tokenizer, splits["val"], args)[0]
         write_line(args, split="val", step=state["step"], epoch=epoch, **result)
         dual, cross = result["dual"]["rsum"], result["cross"]["rsum"]
@@ -870,6 +841,8 @@ def train(model, tokenizer, splits, args):
         if score > state["best"]:
             state["best"] = score
             save_checkpoint(output / "best.pt", model, args, state)
+    if world()[1] > 1:  # best.pt is written before the others read it
+        torch.distributed.barrier()
 
 
 def save_checkpoint(path, model, args, state, **rest):
@@ -881,12 +854,10 @@ def save_checkpoint(path, model, args, state, **rest):
 
 
 def save(path, content):
-    """torch.save to a temporary file that is renamed, so that there is never half a file."""
+    """torch.save in the first process, to a temporary file that is renamed: never half a file."""
     if world()[0] == 0:
         torch.save(content, f"{path}.part")
         os.replace(f"{path}.part", path)
-    if world()[1] > 1:  # the others may read it next
-        torch.distributed.barrier()
 
 
 def load_checkpoint(path, model=None):
@@ -910,12 +881,10 @@ def load_checkpoint(path, model=None):
 
 
 def resume(output, optimizer, scheduler):
-    """Fill optimiser, scheduler and RNG from last.pt -> training state: step, epoch, best."""
+    """Fill optimiser and scheduler from last.pt -> training state: step, epoch, best."""
     checkpoint = load_checkpoint(output / "last.pt")
     optimizer.load_state_dict(checkpoint["optimizer"])
     scheduler.load_state_dict(checkpoint["scheduler"])
-    torch.set_rng_state(checkpoint["rng"])
-    torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
     return checkpoint["state"]
 
 
@@ -980,15 +949,15 @@ def encode_texts(model, tokenizer, captions, batch_size=256):
 
 
 @torch.no_grad()
-def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, first=0,
-           pairs_per_pass=2048):
+def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dual_weight=0.0,
+           first=0, pairs_per_pass=2048):
     """Cross encoder over the union of both directions' shortlists, each pair scored once.
 
     image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L), dual_scores (I,T); the top k
     texts of each image and the top k images of each text are taken (all, if k is larger). Of
     several processes each scores the images it holds, image_tokens[0] being image `first`.
-    -> scores (I,T) in double precision on the CPU: match logits on the shortlists, everything
-    else below them in dual order.
+    -> scores (I,T) in double precision on the CPU: match logits plus dual_weight * dual logits on
+    the shortlists, everything else below them in dual order.
     """
     model.eval()
     shortlisted = torch.zeros_like(dual_scores, dtype=torch.bool)
@@ -1002,9 +971,10 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, fir
         tokens = image_tokens[low:high + 1].to(text_tokens.device)
         logits.append(model.match(tokens, text_tokens, attention_mask, image_index - low,
                                   text_index))
-    scores, logits = dual_scores.cpu().double(), join(torch.cat(logits)).cpu().double()
+    scores, shortlisted = dual_scores.cpu().double(), shortlisted.cpu()
+    logits = collect(torch.cat(logits)).cpu().double() + dual_weight * scores[shortlisted]
     scores += logits.min() - scores.max() - 1
-    scores[shortlisted.cpu()] = logits
+    scores[shortlisted] = logits
     return scores
 
 
@@ -1030,11 +1000,11 @@ def evaluate(model, tokenizer, records, args):
     with torch.autocast(model.log_temperature.device.type, torch.bfloat16, enabled=args.bf16):
         image_tokens, vectors = encode_images(model, images, args.workers)
         text_tokens, mask, texts = encode_texts(model, tokenizer, captions)
-        dual_scores = model.dual_logits(join(vectors), texts)
+        dual_scores = model.dual_logits(collect(vectors), texts)
         dual = recall_at_k(dual_scores, image_of_text)
         dual["seconds"] = time.perf_counter() - start
         cross_scores = rerank(model, image_tokens, text_tokens, mask, dual_scores, k,
-                              first)
+                              args.dual_weight, first)
     cross = recall_at_k(cross_scores, image_of_text)
     cross["seconds"] = time.perf_counter() - start
     result = dict(images=len(records), texts=len(captions), k=k, dual=dual, cross=cross)
@@ -1079,29 +1049,26 @@ def search(model, tokenizer, records, query, args):
     """
     transform = image_transform(args.image_size, model.pixel_statistics)
     vectors = gallery_vectors(model, Images(records, transform), args).to(args.device)
-    photo = [Record(query, [], "")] if os.path.exists(query) else []
+    photo = os.path.exists(query)
     if photo:
-        tokens, vector = encode_images(model, Images(photo, transform))
+        tokens, vector = encode_images(model, Images([Record(query, [], "")], transform))
     else:
         vector = encode_texts(model, tokenizer, [query])[2]
-    scores, top = model.dual_logits(vectors, vector).squeeze(1).topk(
+    dual, top = model.dual_logits(vectors, vector).squeeze(1).cpu().topk(
         shortlist_length(args, records))
     shortlist = [records[i] for i in top.tolist()]
     if not photo:
-        tokens = encode_images(model, Images(shortlist, transform))[0]
-    texts = [text for r in shortlist for text in r.captions] if photo else [query]
-    # The place in the shortlist that each pair speaks for.
-    place = [i for i, r in enumerate(shortlist) for _ in (r.captions if photo else [query])]
-    logits = torch.zeros(len(shortlist), device=args.device)
+        tokens = encode_images(model, Images(shortlist, transform), args.workers)[0]
+    texts = [text for record in shortlist for text in record.captions] if photo else [query]
+    match = torch.zeros(len(shortlist))
     if texts:
         text_tokens, mask, _ = encode_texts(model, tokenizer, texts)
-        pairs = torch.cartesian_prod(torch.arange(len(tokens)), torch.arange(len(texts)))
-        match = model.match(tokens.to(args.device), text_tokens, mask,
-                            *pairs.to(args.device).unbind(1))
-        logits.scatter_reduce_(0, torch.tensor(place, device=args.device), match, "amax",
-                               include_self=False)
-    return [(shortlist[i], scores[i].item(), logits[i].item())
-            for i in logits.argsort(descending=True, stable=True).tolist()]
+        every_pair = torch.zeros(len(tokens), len(texts), device=args.device)
+        logits = rerank(model, tokens, text_tokens, mask, every_pair, every_pair.numel())
+        parts = logits.flatten().split([len(r.captions) if photo else 1 for r in shortlist])
+        match = torch.stack([part.max() if len(part) else match[0] for part in parts])
+    return [(shortlist[i], dual[i].item(), match[i].item()) for i in
+            (match + args.dual_weight * dual).argsort(descending=True, stable=True).tolist()]
 
 
 def draw_rows(path, rows, columns=5, side=96):
@@ -1148,12 +1115,66 @@ def draw_retrieval(path, records, dual_scores, cross_scores, rows=6):
 
 
 # ------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def world():
+    """-> rank of this process, number of processes: (0, 1) without torchrun."""
+    alone = not torch.distributed.is_initialized()
+    return (0, 1) if alone else (torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def join_world(device):
+    """Meet the other processes, if torchrun started this one."""
+    if "RANK" in os.environ:  # a download may keep the others waiting for hours
+        torch.distributed.init_process_group(timeout=datetime.timedelta(hours=12))
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+class Gather(torch.autograd.Function):
+    """x (B,..) of this process -> (world * B,..) of all, in order of rank. Every process uses the
+    whole in its loss, so the gradient of x is the sum of what all of them send back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world()[1])]
+        torch.distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rank, size = world()
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(size)[rank]
+
+
+def gather(x):
+    """x (B,..) -> (world * B,..), with gradient; B is the same in all processes."""
+    return Gather.apply(x) if world()[1] > 1 else x
+
+
+def collect(x):
+    """x (C,..) -> those of all processes in order of rank; C may differ. Without gradient."""
+    parts = [x] * world()[1]
+    if len(parts) > 1:
+        torch.distributed.all_gather_object(parts, x.cpu())
+    return torch.cat([part.to(x.device) for part in parts])
+
+
+def progress_bar(items, name, leave=True):
+    """tqdm, on a terminal and in the first process only."""
+    return tqdm(items, name, leave=leave, disable=world()[0] > 0 or None)
+
+
+# ------------------------------------------------------------------------------------------------
 # Main
 
 
 def argument_parser():
     """All options. The defaults are for Flickr30K on one large GPU."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # what to do
@@ -1164,6 +1185,7 @@ def argument_parser():
     add("--checkpoint", help="to evaluate; best.pt of --output if not given")
     add("--output", help="folder of checkpoints, log and picture; runs/DATA if not given")
     add("--rerank", default="16", help="K of each query's shortlist, or all")
+    add("--dual-weight", type=float, default=1.0, help="of dual logits, added to match logits")
     # data
     add("--data", nargs="+", help="toy (if not given), flickr30k, coco or captions file(s)")
     add("--images", help="folder that image paths start from; the captions file's if not given")
@@ -1226,11 +1248,11 @@ def parse_arguments(argv):
                                 Path("runs", Path(name).stem))
     checkpoint = args.checkpoint or f"{output}/{'last' if args.resume else 'best'}.pt"
     if args.resume or args.evaluate or args.search:
-        stored = load_checkpoint(checkpoint)["args"]
+        stored = load_checkpoint(checkpoint).get("args", {})  # ALBEF's file has none
         for option in ("train", "evaluate", "resume", "search", "device",
                        *(["images"] if args.data else [])):
-            stored.pop(option)
-        stored["bf16"] = stored["bf16"] and (args.resume or None)  # to evaluate: by its device
+            stored.pop(option, None)
+        stored["bf16"] = stored.get("bf16") and (args.resume or None)  # to evaluate: by its device
         parser.set_defaults(**stored)
     parser.set_defaults(output=output, checkpoint=checkpoint)
     without_captions = args.search and args.images and not args.data
@@ -1260,39 +1282,21 @@ def parse_arguments(argv):
     return args
 
 
-def start_process(args):
-    """Seed, and join the other processes if torchrun started this one."""
-    rank = int(os.environ.get("RANK", 0))
-    if "RANK" in os.environ:  # a download may keep the others waiting for hours
-        torch.distributed.init_process_group(timeout=datetime.timedelta(hours=12))
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.manual_seed(args.seed + rank)
-
-
-def in_turn(work, *arguments):
-    """work(*arguments) in one process of each machine and then in the others, so that what it
-    downloads or draws is there for them."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        torch.distributed.barrier()
-    result = work(*arguments)
-    if first and world()[1] > 1:
-        torch.distributed.barrier()
-    return result
-
-
 def main(argv=None):
     """Run the command line -> exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     try:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where loaders fork
         args = parse_arguments(argv)
-        start_process(args)
-        splits = in_turn(load_splits, args.data, args.root, args.images,
-                         ("train", "val", "test") if args.train else ("test",))
-        model, tokenizer = in_turn(
-            build_model, args.image_model, args.text_model, args.text_layers, args.embedding,
-            args.from_scratch, args.init if args.train and not args.resume else args.checkpoint)
+        join_world(args.device)
+        torch.manual_seed(args.seed)
+        # One process of each machine downloads or draws what the others then find.
+        with torch_distributed_zero_first(int(os.environ.get("LOCAL_RANK", -1))):
+            splits = load_splits(args.data, args.root, args.images,
+                                 ("train", "val", "test") if args.train else ("test",))
+            model, tokenizer = build_model(
+                args.image_model, args.text_model, args.text_layers, args.embedding,
+                args.from_scratch,
+                args.init if args.train and not args.resume else args.checkpoint)
         model.to(args.device)
         Path(args.output).mkdir(parents=True, exist_ok=True)
         if args.search:

@@ -443,14 +443,15 @@ def test_a_batch_of_one_image_trains_without_negatives():
 
 @pytest.mark.parametrize("pairs_per_pass", [3, 1000])
 @pytest.mark.parametrize("k", [1, 2, 100])
-def test_rerank_equals_scoring_every_pair_one_by_one(k, pairs_per_pass):
+@pytest.mark.parametrize("dual_weight", [0, 2])
+def test_rerank_equals_scoring_every_pair_one_by_one(k, pairs_per_pass, dual_weight):
     model = tiny_model()
     pixels, ids, mask = random_batch(model, images=6, texts=11)
     with torch.no_grad():
         image_tokens, image = model.encode_image(pixels)
         text_tokens, text = model.encode_text(ids, mask)
         dual = image @ text.T
-        scores = rerank(model, image_tokens, text_tokens, mask, dual, k,
+        scores = rerank(model, image_tokens, text_tokens, mask, dual, k, dual_weight,
                         pairs_per_pass=pairs_per_pass)
         listed = {(i, t) for i in range(6)
                   for t in sorted(range(11), key=lambda t: -dual[i, t])[:k]}
@@ -459,7 +460,8 @@ def test_rerank_equals_scoring_every_pair_one_by_one(k, pairs_per_pass):
         for i, t in listed:
             expected = slow_match(model, image_tokens, text_tokens, mask, torch.tensor([i]),
                                   torch.tensor([t]))
-            assert scores[i, t].item() == pytest.approx(expected.item(), abs=1e-4)
+            assert scores[i, t].item() == pytest.approx(
+                expected.item() + dual_weight * dual[i, t].item(), abs=1e-4)
     rest = [(i, t) for i in range(6) for t in range(11) if (i, t) not in listed]
     assert bool(rest) == (k < 6)
     if rest:
@@ -655,6 +657,15 @@ def test_bf16_trains_and_evaluates_on_any_machine(root, tmp_path):
     assert not torch.equal(*results)
 
 
+def test_a_huge_dual_weight_leaves_the_dual_order(trained, capsys, tmp_path):
+    evaluate = ["--evaluate", "--checkpoint", str(trained[0] / "best.pt"), "--output",
+                str(tmp_path), "--dual-weight"]
+    for weight, equal in (("1e9", True), ("0", False)):
+        assert loopitr.main([*evaluate, weight]) == 0
+        dual, cross = [line.split()[2:-1] for line in capsys.readouterr().out.splitlines()[2:4]]
+        assert (dual == cross) == equal
+
+
 def test_evaluate_alone_repeats_the_test_result_and_clamps_k(trained, capsys, tmp_path):
     output, stdout = trained
     assert loopitr.main(["--evaluate", "--checkpoint", str(output / "best.pt"), "--output",
@@ -787,6 +798,13 @@ def toy_without(root, folder, change):
     return write_json(folder / "captions.json", content)
 
 
+def own_data(root, path):
+    """Options to train on the toy images with other captions."""
+    return ["--train", "--images", root / "toy", "--image-model", root / "toy" / "image-model",
+            "--text-model", root / "toy" / "text-model", "--text-layers", 2, "--image-size", 48,
+            "--from-scratch", "--data", path]
+
+
 def test_errors_of_the_command_line(root, tmp_path, capsys, trained):
     train = ["--train", *command(root, tmp_path)]
     best = trained[0] / "best.pt"
@@ -811,9 +829,7 @@ def test_errors_of_the_command_line(root, tmp_path, capsys, trained):
 
 
 def test_errors_of_captions_and_images(root, tmp_path, capsys):
-    train = ["--train", *command(root, tmp_path / "out"), "--images", root / "toy", "--image-model",
-             root / "toy" / "image-model", "--text-model", root / "toy" / "text-model",
-             "--text-layers", 2, "--image-size", 48, "--from-scratch", "--data"]
+    train = [*command(root, tmp_path / "out"), *own_data(root, "")][:-1]
     fails(capsys, [*train, tmp_path / "none.json"], "none.json")
     path = toy_without(root, tmp_path, lambda images: [
         images.remove(entry) for entry in list(images) if entry["split"] == "val"])
@@ -1111,6 +1127,9 @@ def test_training_starts_from_albef_and_its_checkpoint_is_evaluated(root, tmp_pa
     assert loopitr.main(["--evaluate", "--output", str(tmp_path / "run")]) == 0
     trained, alone = log_of(tmp_path / "run", "k")[-2:]
     assert trained["cross"]["rsum"] == alone["cross"]["rsum"]
+    untrained = ["--evaluate", "--checkpoint", tmp_path / "albef.pth", *train[1:-3],
+                 "--image-model", tmp_path / "vit"]
+    assert loopitr.main([str(option) for option in untrained]) == 0
     best = torch.load(tmp_path / "run" / "best.pt")
     assert best["pixel_statistics"][0][0] == 0.48145466 and best["image_config"]["image_size"] == 32
     fails(capsys, [*train, tmp_path / "dinov2"], "albef.pth", "image encoder is a ViT")
@@ -1210,6 +1229,17 @@ def test_torchrun_trains_and_its_evaluation_equals_one_process(root, tmp_path, c
         line.split()[:9] for line in alone]
 
 
+def test_a_broken_image_ends_all_processes(root, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    path = toy_without(root, tmp_path, lambda images: images[3].update(
+        filename=str(tmp_path / "broken.png")))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", loopitr.__file__,
+         *command(root, tmp_path / "out", *own_data(root, path))],
+        capture_output=True, text=True, timeout=100)  # the other process shall not wait for it
+    assert done.returncode and "cannot be read as an image" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------
 # Memory and search
 
@@ -1240,7 +1270,7 @@ def test_grad_checkpointing_changes_no_loss(root, trained, tmp_path):
 def test_search_by_words_equals_scoring_every_image(root, trained, tmp_path, capsys):
     words = "a small red circle above a large blue square"
     assert loopitr.main(["--search", words, "--checkpoint", str(trained[0] / "best.pt"),
-                         "--rerank", "all"]) == 0
+                         "--rerank", "all", "--dual-weight", "3"]) == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
     args = loopitr.parse_arguments(["--evaluate", "--output", str(trained[0])])
     model, tokenizer = loopitr.build_model(args.image_model, args.text_model, 2,
@@ -1255,7 +1285,8 @@ def test_search_by_words_equals_scoring_every_image(root, trained, tmp_path, cap
         index = torch.arange(len(records))
         match = model.match(tokens, text, mask, index, index * 0)
         dual = model.dual_logits(vectors, vector)[:, 0]
-    expected = sorted(zip(match.tolist(), dual.tolist(), (r.image for r in records)), reverse=True)
+    expected = sorted(zip(match.tolist(), dual.tolist(), (r.image for r in records)),
+                      key=lambda one: -one[0] - 3 * one[1])
     assert [line[2] for line in printed] == [image for *_, image in expected]
     for line, (one, other, _) in zip(printed, expected):
         assert (float(line[0]), float(line[1])) == pytest.approx((one, other), abs=0.02)
@@ -1292,7 +1323,8 @@ def test_a_gallery_is_encoded_once_until_a_file_or_the_checkpoint_changes(root, 
 
 def test_a_photo_finds_itself_first_by_the_dual_encoder(root, trained, capsys):
     photo = [r for r in load_captions(root / "toy" / "captions.json") if r.split == "test"][3].image
-    assert loopitr.main(["--search", photo, "--output", str(trained[0]), "--rerank", "5"]) == 0
+    assert loopitr.main(["--search", photo, "--output", str(trained[0]), "--rerank", "5",
+                         "--dual-weight", "0"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
     assert len(lines) == 5 and max(lines, key=lambda line: float(line[1]))[2] == photo
     scores = [float(line[0]) for line in lines]
