@@ -19,7 +19,8 @@ true pair from those; (4) its logits of the same candidates are distilled into t
 Left out: masked language modelling, momentum encoders and queues, which serve ALBEF's pre-training
 more than retrieval. The recipe is ALBEF's. Ours, because what we know of the paper is silent: all
 of the distillation but its direction, m, random negatives first, the learning rate of fresh parts,
-gradient clipping, true pairs counted once in the matching loss and corrected for sampling.
+gradient clipping, true pairs counted once in the matching loss, its correction for sampling, dual
+logits added in re-ranking.
 
 Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
 V text tokens without padding, D width, E embedding, Q queries, C candidates, m hard negatives.
@@ -84,7 +85,7 @@ def load_captions(path, images=None):
                      [sentence["raw"] for sentence in entry["sentences"]])
                     for entry in content["images"]]
         else:
-            split, = set(re.findall("train|val|test", Path(path).stem))
+            split, = set(re.findall("train|val|test", Path(path).stem))  # none, or two: ValueError
             rows = [(row["image"], split, [row["caption"]] if isinstance(row["caption"], str)
                      else row["caption"]) for row in content]
         for image, split, texts in rows:
@@ -414,7 +415,7 @@ class LoopITR(nn.Module):
         """pixels (B,3,H,W), or a frozen encoder's tokens -> tokens (B,N,D), unit embedding (B,E).
         Position embeddings are interpolated to H and W; DINOv2 does so without being asked."""
         tokens = pixels.float()
-        if pixels.ndim == 4:
+        if pixels.ndim == 4:  # not those of a frozen encoder, which are stored in half precision
             able = "interpolate_pos_encoding" in inspect.signature(
                 self.image_encoder.forward).parameters
             options = {"interpolate_pos_encoding": True} if able else {}
@@ -648,6 +649,8 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
         ranked = student[:, 1:].gather(1, teacher[:, 1:].argsort(1, descending=True))
         # -log of the product over j of exp(d_j) / sum_{k >= j} exp(d_k)
         return (ranked.flip(1).logcumsumexp(1).flip(1) - ranked).sum(1).mean()
+    if objective == "label":  # control without a teacher: what hard negatives alone bring (ours)
+        return -student.log_softmax(1)[:, 0].mean()
     raise ValueError(f"unknown distillation objective {objective!r}")
 
 
@@ -680,12 +683,13 @@ def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", t
     # The rest stays within a process, since its image tokens do.
     mine = slice(world()[0] * len(image_ids), (world()[0] + 1) * len(image_ids))
     similarity, is_positive = similarity[mine, mine], is_positive[mine, mine]
-    # Dual -> cross: m hard texts of each image and m hard images of each text.
+    # Dual -> cross: the dual logits choose what the cross encoder has to tell apart.
     hard_texts = sample_hard_negatives(similarity, is_positive, negatives, sampling)
     hard_images = sample_hard_negatives(similarity.T, is_positive.T, negatives, sampling)
     m = hard_texts.shape[1]
     own = torch.arange(len(image_ids), device=image_ids.device)
-    # The true pairs are scored once and serve both directions.
+    # First the B true pairs, scored once for both directions, then m hard texts of each image, then
+    # m hard images of each text.
     image_index = torch.cat([own, own.repeat_interleave(m), hard_images.flatten()])
     text_index = torch.cat([own, hard_texts.flatten(), own.repeat_interleave(m)])
     logits = model.match(image_tokens, text_tokens, attention_mask, image_index, text_index)
@@ -719,7 +723,7 @@ def make_optimizer(model, args, total_steps):
                                    for (lr, decay), group in groups.items()], fused=True)
 
     def factor(step):
-        cosine = 0.55 + 0.45 * math.cos(math.pi * min(step / total_steps, 1))
+        cosine = 0.55 + 0.45 * math.cos(math.pi * min(step / total_steps, 1))  # 1 to 0.1
         return min((step + 1) / args.warmup_steps, cosine)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -1211,7 +1215,8 @@ def training_options(add):
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
     add("--logq", action=argparse.BooleanOptionalAction, default=True, help="correct for sampling")
     add("--hard-warmup", type=float, default=0.3, help="part of training with random ones first")
-    add("--distill", choices=("none", "kl", "mse", "margin", "rank"), default="kl")
+    add("--distill", choices=("none", "kl", "mse", "margin", "rank", "label"), default="kl",
+        help="objective; label is a control without a teacher")
     add("--distill-weight", type=float, default=1.0, help="in the total loss")
     add("--distill-temperature", type=float, default=1.0, help="divides the teacher's logits")
     add("--distill-warmup", type=float, default=0.4, help="part of training before it sets in")

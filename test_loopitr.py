@@ -137,6 +137,9 @@ def test_matching_loss_is_the_mean_negative_log_likelihood():
     assert matching_loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
 
 
+OBJECTIVES = ["kl", "mse", "margin", "rank", "label"]
+
+
 def slow_distillation(student, teacher, objective, temperature):
     total = 0
     for d, c in zip(student.tolist(), teacher.tolist()):
@@ -150,6 +153,8 @@ def slow_distillation(student, teacher, objective, temperature):
             total += sum((a - sum(d) / n - b + sum(c) / n) ** 2 for a, b in zip(d, c)) / n
         elif objective == "margin":
             total += sum(((d[0] - d[j]) - (c[0] - c[j])) ** 2 for j in range(1, n)) / (n - 1)
+        elif objective == "label":
+            total -= math.log(math.exp(d[0]) / sum(map(math.exp, d)))
         else:
             best_first = sorted(range(1, n), key=lambda j: -c[j])
             for place, j in enumerate(best_first):
@@ -159,7 +164,7 @@ def slow_distillation(student, teacher, objective, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("objective", ["kl", "mse", "margin", "rank"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_distillation_objectives_equal_their_formulas(objective, temperature):
     torch.manual_seed(0)
     student, teacher = torch.randn(6, 5), 3 * torch.randn(6, 5)
@@ -168,7 +173,7 @@ def test_distillation_objectives_equal_their_formulas(objective, temperature):
                                    rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["kl", "mse", "margin", "rank"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_teacher_is_not_taught_and_no_negatives_teach_nothing(objective):
     student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     distillation_loss(student, teacher, objective).backward()
