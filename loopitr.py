@@ -51,6 +51,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
+from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput
 from transformers.trainer_pt_utils import torch_distributed_zero_first
 
 
@@ -323,24 +324,23 @@ class Attention(nn.Module):
     Tokens travel without padding, as one long list; only here they are laid out in rows. In
     self-attention a row is the text of one pair. In cross-attention a row is one image with ALL
     texts paired with it as one long query: its keys and values are projected once, however many
-    texts share it, and never copied per pair.
+    texts share it, and never copied per pair. The modules are named as in BERT and ALBEF, so that
+    their weights load as they are.
     """
 
     def __init__(self, config, source_width):
         super().__init__()
         width, self.heads = config.hidden_size, config.num_attention_heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(source_width, width)
-        self.value = nn.Linear(source_width, width)
-        self.output = nn.Linear(width, width)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.self = nn.ModuleDict({
+            "query": nn.Linear(width, width), "key": nn.Linear(source_width, width),
+            "value": nn.Linear(source_width, width)})
+        self.output = BertSelfOutput(config)
 
     def forward(self, x, layout, source, source_layout=None):
         """x (V,D): tokens that ask, in rows of `layout`; source: tokens that answer, an image a
         row (rows,N,D), or packed text tokens in rows of `source_layout` -> (V,D)."""
-        query, key, value, mask = self.query(x), self.key(source), self.value(source), None
-        query = lay_out(query, *layout)
+        query, mask = lay_out(self.self.query(x), *layout), None
+        key, value = self.self.key(source), self.self.value(source)
         if source_layout:
             key, value = lay_out(key, *source_layout), lay_out(value, *source_layout)
             mask = source_layout[0][:, None, None]
@@ -351,7 +351,7 @@ class Attention(nn.Module):
         with torch.autocast("cpu", enabled=False):
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended = attended.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, layout[1])
-        return self.norm(x + self.dropout(self.output(attended)))
+        return self.output(attended, x)
 
 
 class CrossLayer(nn.Module):
@@ -359,18 +359,15 @@ class CrossLayer(nn.Module):
 
     def __init__(self, config, image_width):
         super().__init__()
-        self.self_attention = Attention(config, config.hidden_size)
-        self.cross_attention = Attention(config, image_width)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config, config.hidden_size)
+        self.crossattention = Attention(config, image_width)
+        self.intermediate, self.output = BertIntermediate(config), BertOutput(config)
 
     def forward(self, x, text_layout, image_layout, texts, texts_layout, image_tokens):
         """x (V,D): the tokens to compute, all of `texts` or some; texts: all text tokens."""
-        x = self.self_attention(x, text_layout, texts, texts_layout)
-        x = self.cross_attention(x, image_layout, image_tokens)
-        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+        x = self.attention(x, text_layout, texts, texts_layout)
+        x = self.crossattention(x, image_layout, image_tokens)
+        return self.output(self.intermediate(x), x)
 
 
 def full_precision(x):
@@ -396,8 +393,7 @@ class LoopITR(nn.Module):
         self.text_projection = nn.Linear(bert.hidden_size, embedding)
         self.cross_encoder = nn.ModuleList(CrossLayer(bert, image_width) for _ in upper)
         for layer, source in zip(self.cross_encoder, upper):
-            layer.load_state_dict({rename_bert_layer(name): tensor for name, tensor
-                                   in source.state_dict().items()}, strict=False)
+            layer.load_state_dict(source.state_dict(), strict=False)
         self.match_head = nn.Linear(bert.hidden_size, 1)
         # Learned as a logarithm, so that it stays positive without clamping.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
@@ -463,15 +459,6 @@ def rename(name, patterns):
     for pattern, replacement in patterns.items():
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def rename_bert_layer(name):
-    """BERT's (and ALBEF's) name of a tensor in one layer -> its name in CrossLayer."""
-    return rename(name, {
-        r"\bcrossattention": "cross_attention", r"\battention": "self_attention",
-        r"attention\.self": "attention", r"attention\.output\.dense": "attention.output",
-        r"attention\.output\.LayerNorm": "attention.norm", r"^intermediate\.dense": "up",
-        r"^output\.dense": "down", r"^output\.LayerNorm": "norm"})
 
 
 def load_backbone(name, from_scratch, **options):
@@ -557,7 +544,7 @@ def load_albef(model, state):
         else:
             layer = re.match(r"text_encoder\.encoder\.layer\.(\d+)\.(.+)", name)
             if layer and int(layer[1]) >= text_layers:
-                name = f"cross_encoder.{int(layer[1]) - text_layers}.{rename_bert_layer(layer[2])}"
+                name = f"cross_encoder.{int(layer[1]) - text_layers}.{layer[2]}"
             name = rename(name, {"^vision_proj": "image_projection", "^itm_head": "match_head",
                                  "^text_proj": "text_projection", "^temp$": "log_temperature"})
             ours[name] = (tensor[1:] - tensor[:1] if name.startswith("match_head") else  # class 1
@@ -715,7 +702,7 @@ def make_optimizer(model, args, total_steps):
     that no pre-trained backbone holds learn at --fresh-lr."""
     groups = {}
     for name, parameter in model.named_parameters():
-        fresh = re.search("cross_attention|_projection|match_head|temperature", name)
+        fresh = re.search("crossattention|_projection|match_head|temperature", name)
         key = (args.fresh_lr if fresh else args.lr, 0.02 if parameter.ndim > 1 else 0)  # lr, decay
         if parameter.requires_grad:
             groups.setdefault(key, []).append(parameter)

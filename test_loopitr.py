@@ -263,13 +263,13 @@ def test_corrected_for_sampling_the_best_logit_is_the_log_probability_of_the_pai
 
 def slow_attention(block, x, source):
     width = x.shape[1] // block.heads
-    query, key, value = block.query(x), block.key(source), block.value(source)
+    query, key, value = block.self.query(x), block.self.key(source), block.self.value(source)
     heads = []
     for h in range(block.heads):
         part = slice(h * width, (h + 1) * width)
         weights = (query[:, part] @ key[:, part].T / math.sqrt(width)).softmax(1)
         heads.append(weights @ value[:, part])
-    return block.norm(x + block.output(torch.cat(heads, 1)))
+    return block.output.LayerNorm(x + block.output.dense(torch.cat(heads, 1)))
 
 
 def slow_match(model, image_tokens, text_tokens, attention_mask, image_index, text_index):
@@ -278,9 +278,10 @@ def slow_match(model, image_tokens, text_tokens, attention_mask, image_index, te
     for i, t in zip(image_index.tolist(), text_index.tolist()):
         x = text_tokens[t][attention_mask[t].bool()]
         for layer in model.cross_encoder:
-            x = slow_attention(layer.self_attention, x, x)
-            x = slow_attention(layer.cross_attention, x, image_tokens[i])
-            x = layer.norm(x + layer.down(F.gelu(layer.up(x))))
+            x = slow_attention(layer.attention, x, x)
+            x = slow_attention(layer.crossattention, x, image_tokens[i])
+            up = F.gelu(layer.intermediate.dense(x))
+            x = layer.output.LayerNorm(x + layer.output.dense(up))
         logits.append(model.match_head(x[0])[0])
     return torch.stack(logits)
 
@@ -331,7 +332,7 @@ def test_without_cross_attention_the_split_bert_is_still_that_bert():
         hidden_size=32, num_attention_heads=4, intermediate_size=64, num_hidden_layers=1))
     model = loopitr.LoopITR(image, bert, text_layers=1).eval()
     for layer in model.cross_encoder:
-        layer.cross_attention.forward = lambda x, layout, image_tokens: x
+        layer.crossattention.forward = lambda x, layout, image_tokens: x
     seen = []
     model.match_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     index = torch.arange(len(ids))
@@ -375,8 +376,8 @@ def test_only_parts_that_no_backbone_holds_learn_at_the_fresh_rate():
     rates = {name: rate[id(p)] for name, p in model.named_parameters()}
     patch = next(name for name in rates if "patch_embeddings" in name and "weight" in name)
     assert rates[patch] == (1e-5, 0.02)
-    assert rates["cross_encoder.0.self_attention.query.weight"] == (1e-5, 0.02)
-    assert rates["cross_encoder.0.cross_attention.query.weight"] == (1e-4, 0.02)
+    assert rates["cross_encoder.0.attention.self.query.weight"] == (1e-5, 0.02)
+    assert rates["cross_encoder.0.crossattention.self.query.weight"] == (1e-4, 0.02)
     assert rates["image_projection.bias"] == rates["log_temperature"] == (1e-4, 0)
 
 
@@ -1144,7 +1145,7 @@ def test_an_albef_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
     state, _ = albef_checkpoint("text_encoder.")
     del state["text_encoder.encoder.layer.3.crossattention.self.key.weight"]
     torch.save({"model": state}, tmp_path / "albef.pth")
-    with pytest.raises(loopitr.InputError, match="cross_encoder.1.cross_attention.key.weight"):
+    with pytest.raises(loopitr.InputError, match="cross_encoder.1.crossattention.self.key.weight"):
         loopitr.load_checkpoint(tmp_path / "albef.pth", tiny_model(image_layers=2))
 
 
