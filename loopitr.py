@@ -680,10 +680,8 @@ def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", t
     image_index = torch.cat([own, own.repeat_interleave(m), hard_images.flatten()])
     text_index = torch.cat([own, hard_texts.flatten(), own.repeat_interleave(m)])
     logits = model.match(image_tokens, text_tokens, attention_mask, image_index, text_index)
-    correction = 0.0
-    if logq:
-        correction = log_sampling_rate(similarity, m, sampling)[image_index, text_index]
-    losses["matching"] = matching_loss(logits - correction, is_positive[image_index, text_index])
+    log_q = log_sampling_rate(similarity, m, sampling)[image_index, text_index] if logq else 0.0
+    losses["matching"] = matching_loss(logits - log_q, is_positive[image_index, text_index])
 
     # Cross -> dual: both encoders' logits (2B,1+m) of the same candidates, true partner first.
     def candidates(pair_logits):

@@ -834,6 +834,13 @@ def test_errors_of_the_command_line(root, tmp_path, capsys, trained):
           "image_projection")
 
 
+def test_a_wrong_option_is_one_line_too(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        loopitr.main(["--train", "--negatives", "few"])
+    line, = capsys.readouterr().err.splitlines()
+    assert "--negatives" in line and "few" in line
+
+
 def test_errors_of_captions_and_images(root, tmp_path, capsys):
     train = [*command(root, tmp_path / "out"), *own_data(root, "")][:-1]
     fails(capsys, [*train, tmp_path / "none.json"], "none.json")
