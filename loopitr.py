@@ -16,11 +16,10 @@ true pair from those; (4) its logits of the same candidates are distilled into t
     python loopitr.py --data flickr30k --train                         # full size, on a GPU
     python loopitr.py --evaluate --checkpoint runs/toy/best.pt --rerank all
 
-Left out: masked language modelling, momentum encoders and queues, which serve ALBEF's pre-training
-more than retrieval. The recipe is ALBEF's. Ours, because what we know of the paper is silent: all
-of the distillation but its direction, m, random negatives first, the learning rate of fresh parts,
-gradient clipping, true pairs counted once in the matching loss, its correction for sampling, dual
-logits added in re-ranking.
+Left out of ALBEF, whose recipe this is: masked language modelling (its pre-training), momentum
+encoders and queues (its fine-tuning too). Ours, because what we know of the paper is silent: all of
+the distillation but its direction, m, random negatives first, the learning rate of fresh parts,
+gradient clipping, the matching loss's correction for sampling, dual logits added in re-ranking.
 
 Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
 V text tokens without padding, D width, E embedding, Q queries, C candidates, m hard negatives.
@@ -46,13 +45,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput
 from transformers.trainer_pt_utils import torch_distributed_zero_first
+
+
+# Endings of photos. Pillow opens many more, among them films and documents.
+PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class InputError(ValueError):
@@ -86,7 +89,8 @@ def load_captions(path, images=None):
                      [sentence["raw"] for sentence in entry["sentences"]])
                     for entry in content["images"]]
         else:
-            split, = set(re.findall("train|val|test", Path(path).stem))  # none, or two: ValueError
+            # None or two of them: ValueError. "retrieval" names no split.
+            split, = set(re.findall("(?<![a-z])(?:train|val|test)", Path(path).stem))
             rows = [(row["image"], split, [row["caption"]] if isinstance(row["caption"], str)
                      else row["caption"]) for row in content]
         for image, split, texts in rows:
@@ -191,7 +195,7 @@ def load_splits(data, root, images, needed):
     the test split. InputError for captions or images that are missing."""
     if not data:
         found = sorted(str(path) for path in Path(images).rglob("*")
-                       if path.suffix.lower() in Image.registered_extensions())
+                       if path.name.lower().endswith(PHOTOS) and path.is_file())
         if not found:
             raise InputError(f"there are no images in {images}")
         return {"test": [Record(path, [], "test") for path in found]}
@@ -225,22 +229,35 @@ def load_splits(data, root, images, needed):
     return splits
 
 
-def image_transform(size, pixel_statistics, augment=False):
-    """PIL image -> tensor (3,size,size), normalised by (mean, std) and augmented as by ALBEF."""
-    bicubic, random_change = InterpolationMode.BICUBIC, v2.RandAugment(num_ops=2, magnitude=7)
-    # Captions name colours, so ALBEF leaves out what changes them.
-    random_change._AUGMENTATION_SPACE = {
-        name: change for name, change in random_change._AUGMENTATION_SPACE.items()
+class RandAugment(v2.RandAugment):
+    """Without what changes colours, because captions name them (ALBEF)."""
+    _AUGMENTATION_SPACE = {
+        name: change for name, change in v2.RandAugment._AUGMENTATION_SPACE.items()
         if name not in ("Color", "Contrast", "Posterize", "Solarize")}
+
+
+def image_transform(size, pixel_statistics, augment=False):
+    """PIL image -> tensor (3,size,size), normalised by (mean, std). Augmented with the operations
+    that ALBEF chose, at torchvision's magnitudes."""
+    bicubic = InterpolationMode.BICUBIC
     steps = ([v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
-              v2.RandomHorizontalFlip(), random_change] if augment
+              v2.RandomHorizontalFlip(), RandAugment(num_ops=2, magnitude=7)] if augment
              else [v2.Resize((size, size), interpolation=bicubic)])
     return v2.Compose([*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
                        v2.Normalize(*pixel_statistics)])
 
 
+def read_image(path):
+    """-> RGB image, turned as its EXIF says. InputError names a file that is no image."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow raises all
+        raise InputError(f"{path} cannot be read as an image") from None
+
+
 class Images(Dataset):
-    """Item i: the transformed image of records[i]. InputError names a file that is no image."""
+    """Item i: the transformed image of records[i]."""
 
     def __init__(self, records, transform):
         self.records, self.transform = records, transform
@@ -249,11 +266,7 @@ class Images(Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        try:
-            with Image.open(self.records[i].image) as image:
-                return self.transform(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError):  # Pillow raises all three on broken files
-            raise InputError(f"{self.records[i].image} cannot be read as an image") from None
+        return self.transform(read_image(self.records[i].image))
 
 
 class Batches(Dataset):
@@ -487,9 +500,6 @@ def build_model(image_model, text_model, text_layers, embedding=256, from_scratc
     image_config, pixel_statistics = {}, None
     if init is not None:
         from_scratch = True
-        if Path(init).name == "ALBEF_4M.pth":
-            fetch("https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth",
-                  Path(init).parent, "weights under the BSD 3-clause licence")
         content = load_checkpoint(init)
         if "format" in content:
             image_config, pixel_statistics = content["image_config"], content["pixel_statistics"]
@@ -515,7 +525,10 @@ def build_model(image_model, text_model, text_layers, embedding=256, from_scratc
             pixel_statistics = processor.image_mean, processor.image_std
         except (OSError, ValueError):  # no preprocessor_config.json in the folder: ImageNet's
             pixel_statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    model = LoopITR(image_encoder, text_encoder, text_layers, embedding).float()
+    try:
+        model = LoopITR(image_encoder, text_encoder, text_layers, embedding).float()
+    except AttributeError as error:
+        raise InputError(f"{image_model} is no ViT or {text_model} no BERT: {error}") from None
     model.pixel_statistics = pixel_statistics
     if init is not None:
         load_checkpoint(init, model)
@@ -583,10 +596,11 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
 
 
 def log_sampling_rate(similarity, num_negatives, strategy="softmax"):
-    """How often `sample_hard_negatives` brings each pair as a negative, drawing m texts per image
-    and m images per text: its logarithm (B,B), without gradient.
+    """About how often `sample_hard_negatives` brings each pair as a negative, drawing m texts per
+    image and m images per text: its logarithm (B,B), without gradient. Taken as if nothing were
+    masked and draws were with replacement, which keeps the rate of a true pair finite too.
 
-    Against negatives drawn at rate q, a classifier's best logit is log p / q, whatever the dual
+    Against negatives drawn at rate q, a classifier's best logit is log(p / q), whatever the dual
     encoder knows taken out again. Trained as logit - log q, the logit itself becomes log p, which
     ranks by itself and is fit to teach: logQ correction (noise-contrastive estimation; ours).
     """
@@ -677,18 +691,18 @@ def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", t
     own = torch.arange(len(image_ids), device=image_ids.device)
     # First the B true pairs, scored once for both directions, then m hard texts of each image, then
     # m hard images of each text.
-    image_index = torch.cat([own, own.repeat_interleave(m), hard_images.flatten()])
-    text_index = torch.cat([own, hard_texts.flatten(), own.repeat_interleave(m)])
-    logits = model.match(image_tokens, text_tokens, attention_mask, image_index, text_index)
-    log_q = log_sampling_rate(similarity, m, sampling)[image_index, text_index] if logq else 0.0
-    losses["matching"] = matching_loss(logits - log_q, is_positive[image_index, text_index])
+    pairs = (torch.cat([own, own.repeat_interleave(m), hard_images.flatten()]),
+             torch.cat([own, hard_texts.flatten(), own.repeat_interleave(m)]))
+    logits = model.match(image_tokens, text_tokens, attention_mask, *pairs)
+    log_q = log_sampling_rate(similarity, m, sampling)[pairs] if logq else 0.0
+    losses["matching"] = matching_loss(logits - log_q, is_positive[pairs])
 
     # Cross -> dual: both encoders' logits (2B,1+m) of the same candidates, true partner first.
     def candidates(pair_logits):
         true, negative = pair_logits[:len(own)], pair_logits[len(own):]
         return torch.cat([true.repeat(2)[:, None], negative.view(2 * len(own), m)], dim=1)
 
-    student, teacher = candidates(similarity[image_index, text_index]), candidates(logits)
+    student, teacher = candidates(similarity[pairs]), candidates(logits)
     losses["cross_recall"] = (teacher[:, :1] > teacher[:, 1:]).all(1).float().mean()
     if objective != "none":
         losses["distillation"] = distillation_loss(student, teacher, objective, temperature)
@@ -697,7 +711,7 @@ def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", t
 
 def make_optimizer(model, args, total_steps):
     """AdamW, linear warm-up, cosine down to lr / 10; no decay of biases and norms (ALBEF). Parts
-    that no pre-trained backbone holds learn at --fresh-lr."""
+    that no backbone brings learn at --fresh-lr."""
     groups = {}
     for name, parameter in model.named_parameters():
         fresh = re.search("crossattention|_projection|match_head|temperature", name)
@@ -732,8 +746,8 @@ def training_step(model, batch, optimizer, scheduler, args, progress):
         (losses["loss"] / args.accumulate).backward()
     # At the high learning rates that a fresh cross-attention needs it can collapse without this.
     if not nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).isfinite():
-        raise InputError(f"loss {losses['loss'].item()} or its gradient is not finite; the weights "
-                         "before it are saved: try lower learning rates")
+        raise InputError(f"loss {losses['loss'].item()} or its gradient is not finite; last.pt has "
+                         "the weights before it: try lower learning rates, --init last.pt")
     optimizer.step()
     scheduler.step()
     return losses
@@ -852,7 +866,10 @@ def save(path, content):
 def load_checkpoint(path, model=None):
     """-> what save_checkpoint wrote, on the CPU, and the model filled with it, or with an ALBEF
     .pth. Only tensors and plain values are unpickled. InputError when the file is missing, neither
-    of the two, or does not fit."""
+    of the two, or does not fit. ALBEF's public file is fetched when it is not there."""
+    if Path(path).name == "ALBEF_4M.pth":
+        fetch("https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth",
+              Path(path).parent, "weights under the BSD 3-clause licence")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         albef = "visual_encoder.pos_embed" in content["model"]
@@ -931,10 +948,13 @@ def encode_texts(model, tokenizer, captions, batch_size=256):
     """-> tokens (T,L,D) in half precision, attention mask (T,L), embeddings (T,E)."""
     model.eval()
     text = [part.to(model.log_temperature.device) for part in tokenize(tokenizer, captions)]
-    tokens, embeddings = zip(*(model.encode_text(*part)
-                               for part in zip(*(part.split(batch_size) for part in text))))
+    parts = []
+    for part in zip(*(part.split(batch_size) for part in text)):
+        tokens, embedding = model.encode_text(*part)
+        parts.append((tokens.half(), embedding))
     with full_precision(text[1]):  # autocast to bf16 refuses to join halves
-        return torch.cat([part.half() for part in tokens]), text[1], torch.cat(embeddings)
+        tokens, embeddings = map(torch.cat, zip(*parts))
+    return tokens, text[1], embeddings
 
 
 @torch.no_grad()
@@ -981,7 +1001,7 @@ def evaluate(model, tokenizer, records, args):
     """
     captions = [text for record in records for text in record.captions]
     image_of_text = torch.tensor([i for i, r in enumerate(records) for _ in r.captions])
-    k = shortlist_length(args, records if len(records) > len(captions) else captions)
+    k = shortlist_length(args, max(records, captions, key=len))
     rank, size = world()
     first, last = (len(records) * r // size for r in (rank, rank + 1))
     images = Images(records[first:last], image_transform(args.image_size, model.pixel_statistics))
@@ -1017,8 +1037,8 @@ def gallery_vectors(model, images, args):
     """Unit embeddings (I,E) of Images, computed once and kept beside the checkpoint, with their
     file names, until a file or the checkpoint changes."""
     store, names = Path(f"{args.checkpoint}.gallery"), [r.image for r in images.records]
-    stamps = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns]
-              for path in (args.checkpoint, *names)]
+    stamps = [args.image_size, *([path, os.stat(path).st_size, os.stat(path).st_mtime_ns]
+                                 for path in (args.checkpoint, *names))]
     if store.exists():
         gallery = torch.load(store, weights_only=True)
         if gallery["stamps"] == stamps:
@@ -1038,7 +1058,9 @@ def search(model, tokenizer, records, query, args):
     """
     transform = image_transform(args.image_size, model.pixel_statistics)
     vectors = gallery_vectors(model, Images(records, transform), args).to(args.device)
-    photo = os.path.exists(query)
+    photo = os.path.isfile(query)
+    if query.lower().endswith(PHOTOS) and not photo:
+        raise InputError(f"there is no photo {query}")
     if photo:
         tokens, vector = encode_images(model, Images([Record(query, [], "")], transform))
     else:
@@ -1055,7 +1077,7 @@ def search(model, tokenizer, records, query, args):
         every_pair = torch.zeros(len(tokens), len(texts), device=args.device)
         logits = rerank(model, tokens, text_tokens, mask, every_pair, every_pair.numel())
         parts = logits.flatten().split([len(r.captions) if photo else 1 for r in shortlist])
-        match = torch.stack([part.max() if len(part) else match[0] for part in parts])
+        match = torch.stack([part.max() for part in parts])
     return [(shortlist[i], dual[i].item(), match[i].item()) for i in
             (match + args.dual_weight * dual).argsort(descending=True, stable=True).tolist()]
 
@@ -1076,8 +1098,7 @@ def draw_rows(path, rows, columns=5, side=96):
                 x = 8 + half * (columns * step + 24) + column * step
                 if image == right:
                     draw.rectangle((x - 4, y + 20, x + side + 3, y + 27 + side), fill="limegreen")
-                with Image.open(image) as opened:
-                    canvas.paste(opened.convert("RGB").resize((side, side)), (x, y + 24))
+                canvas.paste(read_image(image).resize((side, side)), (x, y + 24))
     canvas.save(path)
 
 
@@ -1162,7 +1183,7 @@ def progress_bar(items, name, leave=True):
 
 
 def argument_parser():
-    """All options. The defaults are for Flickr30K on one large GPU."""
+    """All options. `parse_arguments` has other defaults for toy, flickr30k and coco."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -1171,15 +1192,16 @@ def argument_parser():
     add("--evaluate", action="store_true", help="test a checkpoint")
     add("--resume", action="store_true", help="go on with the interrupted training in --output")
     add("--search", metavar="QUERY", help="words or a photo, in the test split or in --images")
-    add("--checkpoint", help="to evaluate; best.pt of --output if not given")
-    add("--output", help="folder of checkpoints, log and picture; runs/DATA if not given")
+    add("--checkpoint", help="to evaluate or search; best.pt of --output if not given")
+    add("--output", help="folder of all that is written; the checkpoint's, or runs/DATA")
     add("--rerank", default="16", help="K of each query's shortlist, or all")
     add("--dual-weight", type=float, default=1.0, help="of dual logits, added to match logits")
     # data
     add("--data", nargs="+", help="toy (if not given), flickr30k, coco or captions file(s)")
     add("--images", help="folder that image paths start from; the captions file's if not given")
     add("--root", default="data", help="folder of toy, flickr30k and coco")
-    add("--no-augment", dest="augment", action="store_false", help="no crop, flip and RandAugment")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True,
+        help="crop, flip and RandAugment")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="image loading processes")
     # model
     add("--image-model", default="facebook/deit-base-patch16-224", help="transformers name or path")
@@ -1188,7 +1210,7 @@ def argument_parser():
     add("--image-size", type=int, default=384, help="pixels")
     add("--embedding", type=int, default=256, help="length of the dual encoder's vectors")
     add("--from-scratch", action="store_true", help="backbones with random weights")
-    add("--init", help="checkpoint to start from: ours, ALBEF's .pth, albef (fetched), or none")
+    add("--init", help="start from: our checkpoint, ALBEF's .pth, albef (fetched) or none")
     add("--freeze-image", action="store_true", help="compute its tokens once an epoch (LiT)")
     training_options(add)
     return parser
@@ -1212,13 +1234,35 @@ def training_options(add):
     add("--batch-size", type=int, default=256, help="captions with their images, of all processes")
     add("--accumulate", type=int, default=1, help="parts of a batch, each with its own negatives")
     add("--grad-checkpointing", action="store_true", help="of both encoders: less memory, slower")
-    add("--lr", type=float, default=1e-5, help="peak learning rate of pre-trained parts")
-    add("--fresh-lr", type=float, default=1e-4, help="peak learning rate of the other parts")
+    add("--lr", type=float, default=1e-5, help="peak learning rate of both backbones")
+    add("--fresh-lr", type=float, default=1e-4, help="of cross-attention, projections, match head")
     add("--warmup-steps", type=int, default=100, help="of the learning rate")
     add("--seed", type=int, default=0, help="of weights, batches, negatives and augmentation")
     add("--log-every", type=int, default=10, help="steps")
     add("--device", help="CUDA, else MPS, else CPU, if not given")
     add("--bf16", action=argparse.BooleanOptionalAction, help="autocast; by device if not given")
+
+
+def check_arguments(args, stored):
+    """InputError for what cannot work. stored: the options of the checkpoint to resume."""
+    if args.train + args.evaluate + bool(args.search) != 1:
+        raise InputError("give --train or --evaluate or --search")
+    for option in ("batch_size", "lr", "fresh_lr", "freeze_image") if args.resume else ():
+        if getattr(args, option) != stored[option]:
+            raise InputError(f"--resume goes on with --{option.replace('_', '-')} {stored[option]}")
+    if args.rerank != "all" and not (args.rerank.isdigit() and int(args.rerank) > 0):
+        raise InputError(f"--rerank {args.rerank}: give a number from 1 on, or all")
+    for option in ("epochs", "warmup_steps", "log_every", "accumulate"):
+        if getattr(args, option) < 1:
+            raise InputError(f"--{option.replace('_', '-')}: give a number from 1 on")
+    parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+    if args.train and args.batch_size % parts:
+        raise InputError(f"--batch-size {args.batch_size}: give a multiple of {parts}, which is "
+                         "--accumulate times the number of processes")
+    most = args.batch_size // parts - 1
+    if args.train and not 1 <= args.negatives <= most:
+        raise InputError(f"--negatives {args.negatives}: {most + 1} captions at a time give 1 to "
+                         f"{most} for each query")
 
 
 def parse_arguments(argv):
@@ -1227,16 +1271,20 @@ def parse_arguments(argv):
     parser = argument_parser()
     args = parser.parse_args(argv)
     name = args.data[0] if args.data else "toy"
-    pre_trained = {} if args.init == "none" else dict(
-        init="albef", hard_warmup=0.0, distill_warmup=0.0, logq=False)
-    presets = {"flickr30k": pre_trained, "coco": dict(epochs=5, **pre_trained), "toy": dict(
+    presets = {"flickr30k": dict(init="albef", grad_checkpointing=True), "toy": dict(
         image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
         text_layers=2, image_size=48, from_scratch=True, augment=False, epochs=7, batch_size=64,
         lr=1e-3, fresh_lr=1e-3, hard_warmup=0.0, workers=0, bf16=False)}
-    parser.set_defaults(data=["toy"], **presets.get(name, {}))
+    presets["coco"] = presets["flickr30k"] | dict(epochs=5)
+    preset = presets.get(name, {})
+    init = args.init or preset.get("init", "none")
+    if init == "albef" or init.endswith(".pth"):  # nothing is fresh, and its match head is trained
+        preset |= dict(fresh_lr=1e-5, hard_warmup=0.0, distill_warmup=0.0, logq=False)
+    parser.set_defaults(data=["toy"], **preset)
     output = args.output or str(Path(args.checkpoint).parent if args.checkpoint else
                                 Path("runs", Path(name).stem))
-    checkpoint = args.checkpoint or f"{output}/{'last' if args.resume else 'best'}.pt"
+    checkpoint = f"{output}/last.pt" if args.resume else args.checkpoint or f"{output}/best.pt"
+    stored = {}
     if args.resume or args.evaluate or args.search:
         stored = load_checkpoint(checkpoint).get("args", {})  # ALBEF's file has none
         for option in ("train", "evaluate", "resume", "search", "device",
@@ -1244,27 +1292,19 @@ def parse_arguments(argv):
             stored.pop(option, None)
         stored["bf16"] = stored.get("bf16") and (args.resume or None)  # to evaluate: by its device
         parser.set_defaults(**stored)
-    parser.set_defaults(output=output, checkpoint=checkpoint)
     without_captions = args.search and args.images and not args.data
     args = parser.parse_args(argv)
+    args.output, args.checkpoint = output, checkpoint
     args.data = [] if without_captions else args.data
     args.init = {"albef": f"{args.root}/ALBEF_4M.pth", "none": None}.get(args.init, args.init)
     args.train = args.train or args.resume
-    if args.train + args.evaluate + bool(args.search) != 1:
-        raise InputError("give --train or --evaluate or --search")
-    if args.resume and args.batch_size != stored["batch_size"]:
-        raise InputError(f"--resume goes on with --batch-size {stored['batch_size']}")
-    if args.rerank != "all" and not (args.rerank.isdigit() and int(args.rerank) > 0):
-        raise InputError(f"--rerank {args.rerank}: give a number from 1 on, or all")
-    for option in ("epochs", "warmup_steps", "log_every", "accumulate"):
-        if getattr(args, option) < 1:
-            raise InputError(f"--{option.replace('_', '-')}: give a number from 1 on")
-    part = args.batch_size // args.accumulate // int(os.environ.get("WORLD_SIZE", 1))
-    if not 1 <= args.negatives < part:
-        raise InputError(f"--negatives {args.negatives}: {part} captions at a time give 1 to "
-                         f"{part - 1} for each query")
+    check_arguments(args, stored)
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     args.device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     if args.bf16 is None:  # hardware without units for bf16 is several times slower with it
         args.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False)
                      if args.device.startswith("cuda") else args.device == "cpu" and
@@ -1302,6 +1342,10 @@ def main(argv=None):
             print_table(result)
             draw_retrieval(f"{args.output}/retrieval.png", splits["test"], *scores)
             print(f"checkpoint {args.checkpoint}, picture {args.output}/retrieval.png")
+    except torch.OutOfMemoryError as error:
+        print(f"loopitr: {str(error).splitlines()[0]} Try --grad-checkpointing, --accumulate or a "
+              "smaller --batch-size", file=sys.stderr)
+        return 2
     except InputError as error:
         # A loader process sends its traceback along; the message is in the last line.
         message = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
