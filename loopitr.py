@@ -1233,7 +1233,8 @@ def training_options(add):
     add("--epochs", type=int, default=10, help="passes over all captions")
     add("--batch-size", type=int, default=256, help="captions with their images, of all processes")
     add("--accumulate", type=int, default=1, help="parts of a batch, each with its own negatives")
-    add("--grad-checkpointing", action="store_true", help="of both encoders: less memory, slower")
+    add("--grad-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+        help="of both encoders: less memory, slower")
     add("--lr", type=float, default=1e-5, help="peak learning rate of both backbones")
     add("--fresh-lr", type=float, default=1e-4, help="of cross-attention, projections, match head")
     add("--warmup-steps", type=int, default=100, help="of the learning rate")

@@ -6,6 +6,7 @@ import http.server
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -502,7 +503,7 @@ def test_loader_joins_the_rows_of_one_image(tmp_path):
     rows = [{"image": "f/a.jpg", "caption": " one ", "image_id": 0},
             {"image": "f/b.jpg", "caption": "two", "image_id": 1},
             {"image": "f/a.jpg", "caption": "three", "image_id": 0}]
-    records = load_captions(write_json(tmp_path / "flickr30k_train.json", rows))
+    records = load_captions(write_json(tmp_path / "flickr30k_retrieval_train.json", rows))
     assert records == [(str(tmp_path / "f/a.jpg"), ["one", "three"], "train"),
                        (str(tmp_path / "f/b.jpg"), ["two"], "train")]
     rows = [{"image": "a.jpg", "caption": ["1", "2", " 3", "4 ", "5"]}]
@@ -583,6 +584,14 @@ def test_augmentation_changes_images_but_not_their_colours():
     images = torch.stack([transform(Image.new("RGB", (30, 40), (180, 0, 0))) for _ in range(60)])
     assert images[:, 1:].max() == 0  # desaturated, lower in contrast or solarised it would be more
     assert len(set(images[:, 0].mean((1, 2)).tolist())) > 5
+    pickle.dumps(transform)  # as loader processes that are not forked need it
+
+
+def test_photos_are_turned_as_their_camera_says(tmp_path):
+    photo = Image.new("RGB", (40, 20), "red")
+    photo.getexif()[0x0112] = 6  # orientation: lying on its side
+    photo.save(tmp_path / "a.jpg", exif=photo.getexif())
+    assert loopitr.read_image(tmp_path / "a.jpg").size == (20, 40)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -832,6 +841,41 @@ def test_errors_of_the_command_line(root, tmp_path, capsys, trained):
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "foreign.pt"], "is not a checkpoint")
     fails(capsys, ["--evaluate", "--checkpoint", best, "--embedding", "32"], "does not fit",
           "image_projection")
+
+
+def test_what_does_not_fit_together_is_refused(root, tmp_path, capsys, trained, monkeypatch):
+    train = ["--train", *command(root, tmp_path)]
+    fails(capsys, [*train, "--accumulate", "3"], "--batch-size 16", "multiple of 3")
+    fails(capsys, [*train, "--device", "nowhere"], "--device nowhere")
+    for option, value in (("--lr", "0.5"), ("--fresh-lr", "0.5")):
+        fails(capsys, ["--resume", "--output", trained[0], option, value], f"{option} 0.001")
+    fails(capsys, ["--search", "gone.jpg", "--output", trained[0]], "no photo gone.jpg")
+    fails(capsys, [*train, "--text-layers", "1", "--embedding", "8", "--text-model",
+                   root / "toy" / "image-model"], "cannot load")
+    transformers.DistilBertConfig(dim=32, n_layers=3, n_heads=2, vocab_size=99).save_pretrained(
+        tmp_path / "text")
+    (tmp_path / "text" / "vocab.txt").write_text(
+        (root / "toy" / "text-model" / "vocab.txt").read_text())
+    fails(capsys, [*train, "--text-model", tmp_path / "text"], "no BERT")
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(loopitr, "loop_losses", exhausted)
+    fails(capsys, train, "CUDA out of memory", "--accumulate")
+
+
+def test_defaults_follow_the_start_and_the_data_set():
+    def options(*argv):
+        args = loopitr.parse_arguments(["--train", "--data", *argv])
+        return args.init, args.fresh_lr, args.logq, args.hard_warmup, args.epochs
+    albef = os.path.join("data", "ALBEF_4M.pth")
+    assert options("flickr30k") == (albef, 1e-5, False, 0.0, 10)
+    assert options("coco") == (albef, 1e-5, False, 0.0, 5)
+    assert options("own.json", "--init", "albef") == (albef, 1e-5, False, 0.0, 10)
+    assert options("own.json", "--init", "fine-tuned.pth")[1:] == (1e-5, False, 0.0, 10)
+    assert options("flickr30k", "--init", "none") == (None, 1e-4, True, 0.3, 10)
+    assert options("flickr30k", "--init", "ours.pt", "--logq") == ("ours.pt", 1e-4, True, 0.3, 10)
+    assert options("own.json", "--init", "albef", "--fresh-lr", "1")[1] == 1
 
 
 def test_a_wrong_option_is_one_line_too(capsys):
@@ -1314,7 +1358,8 @@ def test_a_gallery_is_encoded_once_until_a_file_or_the_checkpoint_changes(root, 
     (tmp_path / "photos" / "more").mkdir(parents=True)
     for name, colour in (("a.png", "red"), ("more/b.jpg", "blue"), ("c.PNG", "green")):
         Image.new("RGB", (20, 30), colour).save(tmp_path / "photos" / name)
-    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    (tmp_path / "photos" / "notes.pdf").write_text("no photo, though Pillow has a name for it")
+    (tmp_path / "photos" / "folder.jpg").mkdir()
     real, encoded = loopitr.encode_images, []
     monkeypatch.setattr(loopitr, "encode_images", lambda model, images, *rest, **more: (
         encoded.append(len(images)) or real(model, images, *rest, **more)))
@@ -1329,6 +1374,9 @@ def test_a_gallery_is_encoded_once_until_a_file_or_the_checkpoint_changes(root, 
                              str(tmp_path / "photos")]) == 0
         lines = capsys.readouterr().out.splitlines()[1:-1]
         assert encoded == expected and len(lines) == 3
+    assert loopitr.main(["--search", "a ring", "--checkpoint", str(checkpoint), "--images", str(
+        tmp_path / "photos"), "--image-size", "64"]) == 0
+    assert encoded == [3, 3, 3, 3]  # again, for the other size
     gallery = torch.load(f"{checkpoint}.gallery")
     assert sorted(Path(name).name for name in gallery["names"]) == ["a.png", "b.jpg", "c.PNG"]
     torch.testing.assert_close(gallery["vectors"].norm(dim=1), torch.ones(3))
