@@ -512,7 +512,7 @@ def build_model(image_model, text_model, text_layers, embedding=256, from_scratc
         image_encoder = load_backbone(image_model, from_scratch, **image_config)
         text_encoder = load_backbone(text_model, from_scratch)
         tokenizer = transformers.AutoTokenizer.from_pretrained(text_model)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"cannot load {image_model} and {text_model}: "
                          f"{str(error).splitlines()[0]}") from None
     layers = text_encoder.config.num_hidden_layers
