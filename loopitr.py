@@ -796,7 +796,9 @@ def prepare(model, args):
         model.image_encoder.requires_grad_(False)
     if args.grad_checkpointing:
         for encoder in (model.image_encoder, model.text_encoder):
-            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(encoder, "activation_checkpointing_enable", None)
+            # The other name is that of transformers 4, and goes with 6.
+            (enable or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
     if world()[1] == 1:
         return model
     # Parameters without a gradient: DINOv2's mask token, the cross encoder at --matching-weight 0.
