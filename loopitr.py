@@ -22,7 +22,8 @@ the distillation but its direction, m, random negatives first, the learning rate
 gradient clipping, the matching loss's correction for sampling, dual logits added in re-ranking.
 
 Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
-V text tokens without padding, D width, E embedding, Q queries, C candidates, m hard negatives.
+V text tokens without padding, D width (image and text tokens may differ in it), E embedding,
+Q queries, C candidates, m hard negatives.
 """
 import argparse
 import datetime
@@ -54,16 +55,16 @@ from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput,
 from transformers.trainer_pt_utils import torch_distributed_zero_first
 
 
-# Endings of photos. Pillow opens many more, among them films and documents.
-PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
-
 class InputError(ValueError):
     """Something the user can mend: `main` prints it as one line and exits with code 2."""
 
 
 # ------------------------------------------------------------------------------------------------
 # Data
+
+
+# Endings of photos. Pillow opens many more, among them films and documents.
+PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class Record(NamedTuple):
@@ -230,7 +231,8 @@ def load_splits(data, root, images, needed):
 
 
 class RandAugment(v2.RandAugment):
-    """Without what changes colours, because captions name them (ALBEF)."""
+    """ALBEF's ten operations: torchvision's without those that replace colours, which captions
+    name. Brightness, AutoContrast and Equalize, which shift them, stay, as in ALBEF."""
     _AUGMENTATION_SPACE = {
         name: change for name, change in v2.RandAugment._AUGMENTATION_SPACE.items()
         if name not in ("Color", "Contrast", "Posterize", "Solarize")}
@@ -289,6 +291,7 @@ class Batches(Dataset):
 
     def __getitem__(self, step):
         epoch, place = divmod(step, self.per_epoch)
+        # The hash of a tuple of integers, other than that of strings, is the same everywhere.
         generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
         order = torch.randperm(len(self.captions), generator=generator)
         rank, processes = self.share  # of a batch, each process takes an equal part
@@ -316,7 +319,7 @@ def ignore_interrupt(_):
 # Model
 
 
-def layout_of(row, rows):
+def row_layout(row, rows):
     """Where packed tokens stand in padded rows; row (V,), rising, is the row of each token.
     -> present (rows,columns): bool, whether a token stands there; slots (V,): the place of each."""
     count = torch.bincount(row, minlength=rows)
@@ -325,7 +328,7 @@ def layout_of(row, rows):
     return present, row * present.shape[1] + column
 
 
-def lay_out(x, present, slots):
+def to_rows(x, present, slots):
     """Packed tokens (V,D) -> padded rows (rows,columns,D), zeros where no token stands."""
     padded = x.new_zeros(present.numel(), x.shape[1]).index_copy(0, slots, x)
     return padded.unflatten(0, present.shape)
@@ -338,7 +341,7 @@ class Attention(nn.Module):
     self-attention a row is the text of one pair. In cross-attention a row is one image with ALL
     texts paired with it as one long query: its keys and values are projected once, however many
     texts share it, and never copied per pair. The modules are named as in BERT and ALBEF, so that
-    their weights load as they are.
+    their weights load as they are. Attention weights, unlike theirs, are not dropped out (ours).
     """
 
     def __init__(self, config, source_width):
@@ -351,14 +354,15 @@ class Attention(nn.Module):
 
     def forward(self, x, layout, source, source_layout=None):
         """x (V,D): tokens that ask, in rows of `layout`; source: tokens that answer, an image a
-        row (rows,N,D), or packed text tokens in rows of `source_layout` -> (V,D)."""
-        query, mask = lay_out(self.self.query(x), *layout), None
+        row (rows,N,D), or packed text tokens in rows of `source_layout` -> (V,D). Both layouts are
+        (present, slots) of `row_layout`."""
+        query, mask = to_rows(self.self.query(x), *layout), None
         key, value = self.self.key(source), self.self.value(source)
         if source_layout:
-            key, value = lay_out(key, *source_layout), lay_out(value, *source_layout)
+            key, value = to_rows(key, *source_layout), to_rows(value, *source_layout)
             mask = source_layout[0][:, None, None]
         query, key, value = (t.unflatten(2, (self.heads, -1)).transpose(1, 2)
-                             for t in (query, key, value))
+                             for t in (query, key, value))  # (rows,heads,columns,D/heads)
         if x.device.type == "cpu":  # where this kernel's backward is slower in bf16 than in fp32
             query, key, value = query.float(), key.float(), value.float()
         with torch.autocast("cpu", enabled=False):
@@ -376,9 +380,10 @@ class CrossLayer(nn.Module):
         self.crossattention = Attention(config, image_width)
         self.intermediate, self.output = BertIntermediate(config), BertOutput(config)
 
-    def forward(self, x, text_layout, image_layout, texts, texts_layout, image_tokens):
-        """x (V,D): the tokens to compute, all of `texts` or some; texts: all text tokens."""
-        x = self.attention(x, text_layout, texts, texts_layout)
+    def forward(self, x, x_layout, image_layout, text, text_layout, image_tokens):
+        """x: the packed tokens to compute, all of text (V,D) or one of each pair, in a row per pair
+        by x_layout, in a row per image by image_layout; image_tokens (I,N,D) -> like x."""
+        x = self.attention(x, x_layout, text, text_layout)
         x = self.crossattention(x, image_layout, image_tokens)
         return self.output(self.intermediate(x), x)
 
@@ -395,7 +400,8 @@ class LoopITR(nn.Module):
     from `text_layers` on are moved to the cross encoder (ALBEF's split of one BERT).
     """
 
-    def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, temperature=0.07):
+    def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, temperature=0.07,
+                 pixel_statistics=None):
         super().__init__()
         bert, image_width = text_encoder.config, image_encoder.config.hidden_size
         upper = text_encoder.encoder.layer[text_layers:]
@@ -408,7 +414,8 @@ class LoopITR(nn.Module):
         for layer, source in zip(self.cross_encoder, upper):
             layer.load_state_dict(source.state_dict(), strict=False)
         self.match_head = nn.Linear(bert.hidden_size, 1)
-        # Learned as a logarithm, so that it stays positive without clamping.
+        self.pixel_statistics = pixel_statistics  # (mean, std) of RGB, for image_transform
+        # From ALBEF's 0.07 on; learned as a logarithm, so that it stays positive without clamping.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
     @property
@@ -416,9 +423,9 @@ class LoopITR(nn.Module):
         """Scalar tensor; dual logits are embedding @ embedding.T / temperature."""
         return self.log_temperature.exp()
 
-    def forward(self, *batch_and_options):
+    def forward(self, batch, **options):
         """`loop_losses`, under the name that DistributedDataParallel calls."""
-        return loop_losses(self, *batch_and_options)
+        return loop_losses(self, batch, **options)
 
     def encode_image(self, pixels):
         """pixels (B,3,H,W), or a frozen encoder's tokens -> tokens (B,N,D), unit embedding (B,E).
@@ -447,7 +454,8 @@ class LoopITR(nn.Module):
         """Cross encoder: match logits (P,), the log-odds that each pair belongs together.
 
         image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L); pair p is image
-        image_index[p] with text text_index[p]. Pairs may come in any order and number.
+        image_index[p] with text text_index[p]. Pairs may come in any order, at least one; texts
+        are padded on the right and start with [CLS].
         """
         order = image_index.argsort(stable=True)  # texts of one image side by side
         image_index, text_index, pairs = image_index[order], text_index[order], len(order)
@@ -455,13 +463,13 @@ class LoopITR(nn.Module):
         token = text_index[pair] * attention_mask.shape[1] + position
         x = text_tokens.flatten(0, 1).index_select(0, token).float()
         image_tokens = image_tokens.float()
-        text_layout = layout_of(pair, pairs)
-        image_layout = layout_of(image_index[pair], len(image_tokens))
+        text_layout = row_layout(pair, pairs)
+        image_layout = row_layout(image_index[pair], len(image_tokens))
         for layer in self.cross_encoder[:-1]:
             x = layer(x, text_layout, image_layout, x, text_layout, image_tokens)
         # Of the last layer only [CLS] is read, so only [CLS] is computed: one token of each pair.
         rows = torch.arange(pairs, device=x.device)
-        x = self.cross_encoder[-1](x[position == 0], layout_of(rows, pairs), layout_of(
+        x = self.cross_encoder[-1](x[position == 0], row_layout(rows, pairs), row_layout(
             image_index, len(image_tokens)), x, text_layout, image_tokens)
         with full_precision(x):
             return self.match_head(x.float()).squeeze(1)[order.argsort()]
@@ -526,12 +534,12 @@ def build_model(image_model, text_model, text_layers, embedding=256, from_scratc
         except (OSError, ValueError):  # no preprocessor_config.json in the folder: ImageNet's
             pixel_statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     try:
-        model = LoopITR(image_encoder, text_encoder, text_layers, embedding).float()
+        model = LoopITR(image_encoder, text_encoder, text_layers, embedding,
+                        pixel_statistics=pixel_statistics).float()
     except AttributeError as error:
         raise InputError(f"{image_model} is no ViT or {text_model} no BERT: {error}") from None
-    model.pixel_statistics = pixel_statistics
     if init is not None:
-        load_checkpoint(init, model)
+        load_checkpoint(init, model, content)
     return model, tokenizer
 
 
@@ -551,9 +559,9 @@ def load_albef(model, state):
                 "^norm": "layernorm", "^blocks": "encoder.layer", "norm1": "layernorm_before",
                 "norm2": "layernorm_after", r"attn\.proj": "attention.output.dense",
                 r"mlp\.fc1": "intermediate.dense", r"mlp\.fc2": "output.dense"})
-            for part, piece in zip(("query", "key", "value"), tensor.chunk(3)):
-                vit[name.replace("attn.qkv", f"attention.attention.{part}")] = (
-                    piece if "qkv" in name else tensor)
+            vit |= {name: tensor} if "qkv" not in name else {
+                name.replace("attn.qkv", f"attention.attention.{part}"): piece
+                for part, piece in zip(("query", "key", "value"), tensor.chunk(3))}
         else:
             layer = re.match(r"text_encoder\.encoder\.layer\.(\d+)\.(.+)", name)
             if layer and int(layer[1]) >= text_layers:
@@ -581,15 +589,16 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
 
     similarity (Q,C): dual logits; is_positive (Q,C): bool. strategy: "softmax" draws without
     replacement from softmax(similarity) over the negatives (ALBEF), "topk" takes the hardest,
-    "random" any. When a query has fewer negatives than asked for (one image in the batch: none),
-    all queries get only as many, so that none ever gets a positive.
+    "random" any; KeyError for others. When a query has fewer negatives than asked for (one image in
+    the batch: none), all queries get only as many, so that none ever gets a positive.
     """
     with torch.no_grad():
         # The largest of logits plus Gumbel noise are an exact draw without replacement from their
         # softmax, and cannot underflow at low temperatures as probabilities would.
         noise = -torch.empty_like(similarity, dtype=torch.float32).exponential_().log()
         scores = {"softmax": similarity + noise, "topk": similarity, "random": noise}[strategy]
-        # Masked before anything is drawn: an epsilon afterwards would still let positives in.
+        # Before the draw: zeroing positives after a softmax can leave a row without any weight,
+        # at which multinomial fails, and an epsilon added to the logits does not change a softmax.
         scores = scores.masked_fill(is_positive, -math.inf)
         fewest = int((~is_positive).sum(1).min())
         return scores.topk(min(num_negatives, fewest), dim=1).indices
@@ -600,11 +609,12 @@ def log_sampling_rate(similarity, num_negatives, strategy="softmax"):
     image and m images per text: its logarithm (B,B), without gradient. Taken as if nothing were
     masked and draws were with replacement, which keeps the rate of a true pair finite too.
 
-    Against negatives drawn at rate q, a classifier's best logit is log(p / q), whatever the dual
-    encoder knows taken out again. Trained as logit - log q, the logit itself becomes log p, which
-    ranks by itself and is fit to teach: logQ correction (noise-contrastive estimation; ours).
+    Against negatives drawn at rate q, a classifier's best logit of a pair that is true at rate p
+    is log(p / q): what the dual encoder knows is taken out again. With logit - log q in the loss,
+    of true pairs too, the logit itself becomes log p, which ranks by itself and is fit to teach:
+    logQ correction (noise-contrastive estimation; ours).
     """
-    # topk and random take all that they may take at one rate.
+    # random: one rate for all. topk: its rate, 1 or 0, has no useful logarithm, so a constant too.
     logits = similarity.detach() if strategy == "softmax" else torch.zeros_like(similarity)
     return (torch.logaddexp(logits.log_softmax(0), logits.log_softmax(1))
             + math.log(max(num_negatives, 1)))
@@ -635,6 +645,8 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 
     student, teacher (Q,1+m): logits, column 0 the positive -> scalar, mean over queries. The
     teacher's are divided by `temperature` and detached: the student must not teach its teacher.
+    The student's stay dual logits, so this trains the contrastive temperature too (ours).
+    objective: kl, mse, margin, rank (0 with a single negative) or label; ValueError for others.
     """
     teacher = teacher.detach() / temperature
     if student.shape[1] == 1:  # no negatives, nothing to compare
@@ -659,14 +671,14 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 # Training
 
 
-def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", temperature=1.0,
-                logq=True, cross=True):
-    """One turn of the loop -> dict of scalars: three losses; dual_recall, how often a right text is
-    first among the batch's; cross_recall, how often the true partner is first of its 1 + m
-    candidates. `cross=False` stops after the dual encoder.
-
-    batch: pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,).
-    """
+def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl",
+                distill_temperature=1.0, logq=True, cross=True):
+    """One turn of the loop -> dict of scalars: contrastive, matching and distillation losses;
+    dual_recall, how often a right text is first among the batch's; cross_recall, how often the true
+    partner is first of its 1 + m candidates. `cross=False` stops after the dual encoder.
+    batch: this process's pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,).
+    sampling, objective, distill_temperature: as in `sample_hard_negatives`, `distillation_loss`, or
+    "none"; negatives: m; logq: correct the matching loss by `log_sampling_rate`."""
     pixels, input_ids, attention_mask, image_ids = batch
     image_tokens, image_embedding = model.encode_image(pixels)
     text_tokens, text_embedding = model.encode_text(input_ids, attention_mask)
@@ -705,13 +717,14 @@ def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl", t
     student, teacher = candidates(similarity[pairs]), candidates(logits)
     losses["cross_recall"] = (teacher[:, :1] > teacher[:, 1:]).all(1).float().mean()
     if objective != "none":
-        losses["distillation"] = distillation_loss(student, teacher, objective, temperature)
+        losses["distillation"] = distillation_loss(student, teacher, objective,
+                                                   distill_temperature)
     return losses
 
 
 def make_optimizer(model, args, total_steps):
-    """AdamW, linear warm-up, cosine down to lr / 10; no decay of biases and norms (ALBEF). Parts
-    that no backbone brings learn at --fresh-lr."""
+    """AdamW, no decay of biases and norms, cosine to lr / 10 (ALBEF), linear warm-up (ours).
+    Parts that no backbone brings learn at --fresh-lr."""
     groups = {}
     for name, parameter in model.named_parameters():
         fresh = re.search("crossattention|_projection|match_head|temperature", name)
@@ -731,7 +744,7 @@ def make_optimizer(model, args, total_steps):
 def training_step(model, batch, optimizer, scheduler, args, progress):
     """One optimiser step, `progress` (0 to 1) through training -> what loop_losses returns, and
     the weighted sum as "loss", of the last of --accumulate parts of the batch."""
-    # A fresh cross-attention gets going on any negatives, and much later on hard ones.
+    # On random negatives a fresh cross-attention gets going early, on hard ones much later.
     sampling = args.sampling if progress >= args.hard_warmup else "random"
     # An untrained teacher would teach noise, so distillation waits for it.
     loss_weights = {"contrastive": args.contrastive_weight, "matching": args.matching_weight,
@@ -739,15 +752,17 @@ def training_step(model, batch, optimizer, scheduler, args, progress):
     optimizer.zero_grad()
     for part in zip(*(tensor.to(args.device).chunk(args.accumulate) for tensor in batch)):
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
-            losses = model(part, args.negatives, sampling, args.distill, args.distill_temperature,
-                           args.logq, args.matching_weight > 0)
+            losses = model(part, negatives=args.negatives, sampling=sampling, logq=args.logq,
+                           objective=args.distill, distill_temperature=args.distill_temperature,
+                           cross=args.matching_weight > 0)
         losses["loss"] = sum(weight * losses[name] for name, weight in loss_weights.items()
                              if name in losses)
         (losses["loss"] / args.accumulate).backward()
     # At the high learning rates that a fresh cross-attention needs it can collapse without this.
     if not nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).isfinite():
-        raise InputError(f"loss {losses['loss'].item()} or its gradient is not finite; last.pt has "
-                         "the weights before it: try lower learning rates, --init last.pt")
+        raise InputError(f"loss {losses['loss'].item()} or its gradient is not finite; the "
+                         "weights before it are kept: try lower learning rates and --init "
+                         f"{args.output}/last.pt")
     optimizer.step()
     scheduler.step()
     return losses
@@ -790,8 +805,8 @@ def frozen_tokens(model, images, args, epoch):
 
 
 def prepare(model, args):
-    """Freeze and checkpoint as asked -> the module to call in training: model, or, with several
-    processes, its wrapper that averages their gradients."""
+    """Freeze, and recompute activations, as asked -> the module to call in training: model, or,
+    with several processes, its wrapper that averages their gradients."""
     if args.freeze_image:
         model.image_encoder.requires_grad_(False)
     if args.grad_checkpointing:
@@ -811,25 +826,28 @@ def train(model, tokenizer, splits, args):
     splits: {"train", "val"} -> Records. InputError when a gradient is not finite, KeyboardInterrupt
     on Ctrl-C; both after saving.
     """
-    output, images = Path(args.output), Images(splits["train"], image_transform(
-        args.image_size, model.pixel_statistics, args.augment))
+    output = Path(args.output)
+    images = Images(splits["train"], image_transform(args.image_size, model.pixel_statistics,
+                                                     args.augment))
     parallel = prepare(model, args)
     batches = Batches(splits["train"], images, tokenizer, args.batch_size, args.seed)
     total_steps = batches.per_epoch * args.epochs
     optimizer, scheduler = make_optimizer(model, args, total_steps)
     state = {"step": 0, "epoch": 0, "best": -1.0}
     if args.resume:
-        state = resume(output, optimizer, scheduler)
+        saved = load_checkpoint(output / "last.pt")
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        state = saved["state"]
     else:
         (output / "log.jsonl").unlink(missing_ok=True)
     for epoch in range(state["epoch"], args.epochs):
         state["epoch"], name = epoch, f"epoch {epoch + 1}/{args.epochs}"
         if args.freeze_image and (args.augment or batches.images is images):
             batches.images = frozen_tokens(model, images, args, epoch)
-        # With a generator of its own the loader leaves the global one to the model.
         loader = DataLoader(batches, batch_size=None, num_workers=args.workers,
                             sampler=range(state["step"], batches.per_epoch * (epoch + 1)),
-                            worker_init_fn=ignore_interrupt, generator=torch.Generator(),
+                            worker_init_fn=ignore_interrupt,
                             pin_memory=args.device.startswith("cuda"))
         try:
             train_epoch(parallel, progress_bar(loader, name), optimizer, scheduler, state, args,
@@ -865,7 +883,7 @@ def save(path, content):
         os.replace(f"{path}.part", path)
 
 
-def load_checkpoint(path, model=None):
+def load_checkpoint(path, model=None, content=None):
     """-> what save_checkpoint wrote, on the CPU, and the model filled with it, or with an ALBEF
     .pth. Only tensors and plain values are unpickled. InputError when the file is missing, neither
     of the two, or does not fit. ALBEF's public file is fetched when it is not there."""
@@ -873,7 +891,7 @@ def load_checkpoint(path, model=None):
         fetch("https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth",
               Path(path).parent, "weights under the BSD 3-clause licence")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = content or torch.load(path, map_location="cpu", weights_only=True)
         albef = "visual_encoder.pos_embed" in content["model"]
         if not albef and content["format"] != "loopitr":
             raise ValueError("written by another program")
@@ -886,14 +904,6 @@ def load_checkpoint(path, model=None):
         raise InputError(f"{path} is not a checkpoint of loopitr.py or does not fit this model: "
                          f"{' '.join(str(error).split())[:200]}") from None
     return content
-
-
-def resume(output, optimizer, scheduler):
-    """Fill optimiser and scheduler from last.pt -> training state: step, epoch, best."""
-    checkpoint = load_checkpoint(output / "last.pt")
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scheduler.load_state_dict(checkpoint["scheduler"])
-    return checkpoint["state"]
 
 
 def write_line(args, **values):
@@ -984,7 +994,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
                                   text_index))
     scores, shortlisted = dual_scores.cpu().double(), shortlisted.cpu()
     logits = collect(torch.cat(logits)).cpu().double() + dual_weight * scores[shortlisted]
-    scores += logits.min() - scores.max() - 1
+    scores = scores + (logits.min() - scores.max() - 1)  # not in place: the caller keeps its own
     scores[shortlisted] = logits
     return scores
 
@@ -997,6 +1007,7 @@ def shortlist_length(args, candidates):
 def evaluate(model, tokenizer, records, args):
     """Recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top --rerank.
 
+    Of args: rerank, dual_weight, image_size, workers, bf16.
     -> {"images", "texts", "k", "dual": {.., "seconds"}, "cross": {.., "seconds"}}, dual scores
     (I,T), cross scores (I,T). The cross encoder's seconds include the dual encoder's. Processes
     share the images.
@@ -1022,13 +1033,49 @@ def evaluate(model, tokenizer, records, args):
     return result, dual_scores.cpu(), cross_scores
 
 
-def print_table(result):
-    """Print evaluate's result with both encoders side by side."""
+def draw_rows(path, rows, columns=5, side=96):
+    """Picture with a row per query: its top images by dual (left) and by cross encoder (right).
+    rows: [(query, [image paths], [image paths], path of the right image or None: framed green)]."""
+    font, step = ImageFont.load_default(16), side + 8
+    canvas = Image.new("RGB", (2 * columns * step + 40, 32 + len(rows) * (step + 30)), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((8, 6), "dual encoder's top images", "black", font)
+    draw.text((columns * step + 32, 6), "after re-ranking by the cross encoder", "black", font)
+    for row, (query, *halves, right) in enumerate(rows):
+        y = 32 + row * (step + 30)
+        draw.text((8, y), query, "black", font)
+        for half, paths in enumerate(halves):
+            for column, image in enumerate(paths[:columns]):
+                x = 8 + half * (columns * step + 24) + column * step
+                if image == right:
+                    draw.rectangle((x - 4, y + 20, x + side + 3, y + 27 + side), fill="limegreen")
+                canvas.paste(read_image(image).resize((side, side)), (x, y + 24))
+    canvas.save(path)
+
+
+def draw_retrieval(path, records, dual_scores, cross_scores, rows=6):
+    """Picture of what re-ranking changed: some captions whose first image it replaced."""
+    captions = [(record.image, text) for record in records for text in record.captions]
+    tops = [scores.topk(min(5, len(records)), dim=0).indices.T
+            for scores in (dual_scores, cross_scores)]
+    changed = (tops[0][:, 0] != tops[1][:, 0]).nonzero().squeeze(1).tolist()
+    shown = changed[::max(1, len(changed) // rows)][:rows] or list(range(min(rows, len(captions))))
+    draw_rows(path, [(captions[t][1], *([records[i].image for i in top[t].tolist()]
+                                        for top in tops), captions[t][0]) for t in shown])
+
+
+def report(result, dual_scores, cross_scores, records, args):
+    """Log and print what `evaluate` found, both encoders side by side, and draw what changed."""
+    write_line(args, split="test", **result)
+    if world()[0] > 0:
+        return
     print(f"{result['images']} images, {result['texts']} texts; the cross encoder re-ranks the "
           f"dual encoder's top {result['k']}")
     print(" " * 13 + "".join(f"{name:>8}" for name in result["dual"]))
     for name in ("dual", "cross"):
         print(f"{name + ' encoder':13}" + "".join(f"{v:8.1f}" for v in result[name].values()))
+    draw_retrieval(f"{args.output}/retrieval.png", records, dual_scores, cross_scores)
+    print(f"checkpoint {args.checkpoint}, picture {args.output}/retrieval.png")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1084,26 +1131,6 @@ def search(model, tokenizer, records, query, args):
             (match + args.dual_weight * dual).argsort(descending=True, stable=True).tolist()]
 
 
-def draw_rows(path, rows, columns=5, side=96):
-    """Picture with a row per query: its top images by dual (left) and by cross encoder (right).
-    rows: [(query, [image paths], [image paths], path of the right image or None: framed green)]."""
-    font, step = ImageFont.load_default(16), side + 8
-    canvas = Image.new("RGB", (2 * columns * step + 40, 32 + len(rows) * (step + 30)), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((8, 6), "dual encoder's top images", "black", font)
-    draw.text((columns * step + 32, 6), "after re-ranking by the cross encoder", "black", font)
-    for row, (query, *halves, right) in enumerate(rows):
-        y = 32 + row * (step + 30)
-        draw.text((8, y), query, "black", font)
-        for half, paths in enumerate(halves):
-            for column, image in enumerate(paths[:columns]):
-                x = 8 + half * (columns * step + 24) + column * step
-                if image == right:
-                    draw.rectangle((x - 4, y + 20, x + side + 3, y + 27 + side), fill="limegreen")
-                canvas.paste(read_image(image).resize((side, side)), (x, y + 24))
-    canvas.save(path)
-
-
 def show(found, args):
     """Print what `search` found, and draw it."""
     print("   match     dual")
@@ -1113,17 +1140,6 @@ def show(found, args):
     draw_rows(f"{args.output}/search.png", [
         (args.search, *([record.image for record, *_ in order] for order in orders), None)])
     print(f"picture {args.output}/search.png")
-
-
-def draw_retrieval(path, records, dual_scores, cross_scores, rows=6):
-    """Picture of what re-ranking changed: some captions whose first image it replaced."""
-    captions = [(record.image, text) for record in records for text in record.captions]
-    tops = [scores.topk(min(5, len(records)), dim=0).indices.T
-            for scores in (dual_scores, cross_scores)]
-    changed = (tops[0][:, 0] != tops[1][:, 0]).nonzero().squeeze(1).tolist()
-    shown = changed[::max(1, len(changed) // rows)][:rows] or list(range(min(rows, len(captions))))
-    draw_rows(path, [(captions[t][1], *([records[i].image for i in top[t].tolist()]
-                                        for top in tops), captions[t][0]) for t in shown])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1168,7 +1184,7 @@ def gather(x):
 
 
 def collect(x):
-    """x (C,..) -> those of all processes in order of rank; C may differ. Without gradient."""
+    """x (B,..) -> those of all processes in order of rank; B may differ. Without gradient."""
     parts = [x] * world()[1]
     if len(parts) > 1:
         torch.distributed.all_gather_object(parts, x.cpu())
@@ -1187,6 +1203,9 @@ def progress_bar(items, name, leave=True):
 def argument_parser():
     """All options. `parse_arguments` has other defaults for toy, flickr30k and coco."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS,
+                                     epilog="The defaults are those for your own captions and "
+                                     "--init none; toy, flickr30k, coco and ALBEF's .pth change "
+                                     "some, a checkpoint brings its own.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # what to do
@@ -1238,7 +1257,8 @@ def training_options(add):
     add("--grad-checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="of both encoders: less memory, slower")
     add("--lr", type=float, default=1e-5, help="peak learning rate of both backbones")
-    add("--fresh-lr", type=float, default=1e-4, help="of cross-attention, projections, match head")
+    add("--fresh-lr", type=float, default=1e-4,
+        help="of cross-attention, projections, match head, temperature")
     add("--warmup-steps", type=int, default=100, help="of the learning rate")
     add("--seed", type=int, default=0, help="of weights, batches, negatives and augmentation")
     add("--log-every", type=int, default=10, help="steps")
@@ -1263,6 +1283,8 @@ def check_arguments(args, stored):
         raise InputError(f"--batch-size {args.batch_size}: give a multiple of {parts}, which is "
                          "--accumulate times the number of processes")
     most = args.batch_size // parts - 1
+    if args.train and not most:
+        raise InputError(f"--batch-size {args.batch_size}: one caption at a time has no negatives")
     if args.train and not 1 <= args.negatives <= most:
         raise InputError(f"--negatives {args.negatives}: {most + 1} captions at a time give 1 to "
                          f"{most} for each query")
@@ -1273,6 +1295,8 @@ def parse_arguments(argv):
     from the preset of the data set, then from the defaults. InputError for what cannot work."""
     parser = argument_parser()
     args = parser.parse_args(argv)
+    if args.checkpoint and (args.train or args.resume):
+        raise InputError("--checkpoint is for --evaluate and --search; to train from it: --init")
     name = args.data[0] if args.data else "toy"
     presets = {"flickr30k": dict(init="albef", grad_checkpointing=True), "toy": dict(
         image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
@@ -1281,8 +1305,10 @@ def parse_arguments(argv):
     presets["coco"] = presets["flickr30k"] | dict(epochs=5)
     preset = presets.get(name, {})
     init = args.init or preset.get("init", "none")
-    if init == "albef" or init.endswith(".pth"):  # nothing is fresh, and its match head is trained
-        preset |= dict(fresh_lr=1e-5, hard_warmup=0.0, distill_warmup=0.0, logq=False)
+    if init != "none":  # nothing is fresh
+        preset |= dict(hard_warmup=0.0, distill_warmup=0.0)
+    if init == "albef" or init.endswith(".pth"):  # and its match head learned without correction
+        preset |= dict(fresh_lr=1e-5, logq=False)
     parser.set_defaults(data=["toy"], **preset)
     output = args.output or str(Path(args.checkpoint).parent if args.checkpoint else
                                 Path("runs", Path(name).stem))
@@ -1339,12 +1365,7 @@ def main(argv=None):
             train(model, tokenizer, splits, args)
             args.checkpoint = f"{args.output}/best.pt"
             load_checkpoint(args.checkpoint, model)
-        result, *scores = evaluate(model, tokenizer, splits["test"], args)
-        write_line(args, split="test", **result)
-        if world()[0] == 0:
-            print_table(result)
-            draw_retrieval(f"{args.output}/retrieval.png", splits["test"], *scores)
-            print(f"checkpoint {args.checkpoint}, picture {args.output}/retrieval.png")
+        report(*evaluate(model, tokenizer, splits["test"], args), splits["test"], args)
     except torch.OutOfMemoryError as error:
         print(f"loopitr: {str(error).splitlines()[0]} Try --grad-checkpointing, --accumulate or a "
               "smaller --batch-size", file=sys.stderr)

@@ -457,7 +457,8 @@ def test_rerank_equals_scoring_every_pair_one_by_one(k, pairs_per_pass, dual_wei
     with torch.no_grad():
         image_tokens, image = model.encode_image(pixels)
         text_tokens, text = model.encode_text(ids, mask)
-        dual = image @ text.T
+        dual = (image @ text.T).double()
+        before = dual.clone()
         scores = rerank(model, image_tokens, text_tokens, mask, dual, k, dual_weight,
                         pairs_per_pass=pairs_per_pass)
         listed = {(i, t) for i in range(6)
@@ -469,6 +470,7 @@ def test_rerank_equals_scoring_every_pair_one_by_one(k, pairs_per_pass, dual_wei
                                   torch.tensor([t]))
             assert scores[i, t].item() == pytest.approx(
                 expected.item() + dual_weight * dual[i, t].item(), abs=1e-4)
+    assert torch.equal(dual, before)  # and the caller's scores are as they were
     rest = [(i, t) for i in range(6) for t in range(11) if (i, t) not in listed]
     assert bool(rest) == (k < 6)
     if rest:
@@ -739,7 +741,8 @@ def test_negatives_are_random_first_and_val_is_evaluated_each_epoch(root, tmp_pa
     real, strategies = loopitr.sample_hard_negatives, []
     monkeypatch.setattr(loopitr, "sample_hard_negatives", lambda *args: strategies.append(args[3])
                         or real(*args))
-    assert loopitr.main(["--train", *command(root, tmp_path, "--hard-warmup", 0.3, "--epochs", 3)]) == 0
+    assert loopitr.main(["--train", *command(root, tmp_path, "--hard-warmup", 0.3,
+                                             "--epochs", 3)]) == 0
     assert strategies == ["random"] * 2 * 5 + ["softmax"] * 2 * 10  # 0.3 of 15 steps is 4.5
     assert [line["epoch"] for line in log_of(tmp_path, "split")[:-1]] == [0, 1, 2]
 
@@ -846,6 +849,8 @@ def test_errors_of_the_command_line(root, tmp_path, capsys, trained):
 def test_what_does_not_fit_together_is_refused(root, tmp_path, capsys, trained, monkeypatch):
     train = ["--train", *command(root, tmp_path)]
     fails(capsys, [*train, "--accumulate", "3"], "--batch-size 16", "multiple of 3")
+    fails(capsys, [*train, "--batch-size", "1"], "--batch-size 1", "no negatives")
+    fails(capsys, [*train, "--checkpoint", trained[0] / "best.pt"], "--checkpoint", "--init")
     fails(capsys, [*train, "--device", "nowhere"], "--device nowhere")
     for option, value in (("--lr", "0.5"), ("--fresh-lr", "0.5")):
         fails(capsys, ["--resume", "--output", trained[0], option, value], f"{option} 0.001")
@@ -858,7 +863,7 @@ def test_what_does_not_fit_together_is_refused(root, tmp_path, capsys, trained, 
         (root / "toy" / "text-model" / "vocab.txt").read_text())
     fails(capsys, [*train, "--text-model", tmp_path / "text"], "no BERT")
 
-    def exhausted(*_):
+    def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     monkeypatch.setattr(loopitr, "loop_losses", exhausted)
     fails(capsys, train, "CUDA out of memory", "--accumulate")
@@ -867,14 +872,15 @@ def test_what_does_not_fit_together_is_refused(root, tmp_path, capsys, trained, 
 def test_defaults_follow_the_start_and_the_data_set():
     def options(*argv):
         args = loopitr.parse_arguments(["--train", "--data", *argv])
-        return args.init, args.fresh_lr, args.logq, args.hard_warmup, args.epochs
+        return (args.init, args.fresh_lr, args.logq, args.hard_warmup, args.distill_warmup,
+                args.epochs)
     albef = os.path.join("data", "ALBEF_4M.pth")
-    assert options("flickr30k") == (albef, 1e-5, False, 0.0, 10)
-    assert options("coco") == (albef, 1e-5, False, 0.0, 5)
-    assert options("own.json", "--init", "albef") == (albef, 1e-5, False, 0.0, 10)
-    assert options("own.json", "--init", "fine-tuned.pth")[1:] == (1e-5, False, 0.0, 10)
-    assert options("flickr30k", "--init", "none") == (None, 1e-4, True, 0.3, 10)
-    assert options("flickr30k", "--init", "ours.pt", "--logq") == ("ours.pt", 1e-4, True, 0.3, 10)
+    assert options("flickr30k") == (albef, 1e-5, False, 0.0, 0.0, 10)
+    assert options("coco") == (albef, 1e-5, False, 0.0, 0.0, 5)
+    assert options("own.json", "--init", "albef") == (albef, 1e-5, False, 0.0, 0.0, 10)
+    assert options("own.json", "--init", "fine-tuned.pth")[1:] == (1e-5, False, 0.0, 0.0, 10)
+    assert options("flickr30k", "--init", "none") == (None, 1e-4, True, 0.3, 0.4, 10)
+    assert options("flickr30k", "--init", "ours.pt") == ("ours.pt", 1e-4, True, 0.0, 0.0, 10)
     assert options("own.json", "--init", "albef", "--fresh-lr", "1")[1] == 1
 
 
@@ -1256,7 +1262,7 @@ def one_step(rank, processes, folder, pairs=8):
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet",
                                              rank=rank, world_size=processes)
         parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    losses = parallel(batch, 2, "softmax", "none", 1.0, False)
+    losses = parallel(batch, negatives=2, objective="none", logq=False)
     losses["contrastive"].backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     torch.save((losses["contrastive"].detach(), gradients), f"{folder}/{processes}-{rank}")
