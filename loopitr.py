@@ -112,12 +112,14 @@ def load_captions(path, images=None):
     return [Record(image, texts, split_of[image]) for image, texts in captions.items()]
 
 
-def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2, seed=0):
+def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2, noise=0.0,
+                     seed=0):
     """Draw scenes of three objects on a 3 x 3 grid, with captions of how two of them lie.
 
     Relations are what one vector per image finds hard and cross-attention finds easy. Writes PNGs,
     configurations of two small backbones and, last, captions.json (Karpathy's form) -> its path.
-    When that file is there, nothing is drawn again.
+    When that file is there, nothing is drawn again. noise: the part of training captions that go
+    to wrong images, as many do on the web.
     """
     target = Path(folder, "captions.json")
     if target.exists():
@@ -147,10 +149,22 @@ def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2
                         else "val" if number < train + val else "test", "sentences":
                         [{"raw": fact} for fact in rng.sample(sorted(facts), captions_per_image)]})
         canvas.save(Path(folder, entries[-1]["filename"]))
+    moved = [sentence for entry in entries[:train] for sentence in entry["sentences"]]
+    moved = rng.sample(moved, int(noise * len(moved)))
+    for sentence, raw in zip(moved, [s["raw"] for s in moved[1:] + moved[:1]]):
+        sentence["raw"] = raw
+    words = sorted({word for e in entries for s in e["sentences"] for word in s["raw"].split()})
+    save_toy_backbones(folder, words)
+    target.with_suffix(".part").write_text(json.dumps({"images": entries, "dataset": "toy"}))
+    os.replace(target.with_suffix(".part"), target)
+    return target
+
+
+def save_toy_backbones(folder, words):
+    """Write configurations of a small ViT and a small BERT, which knows `words` and no others."""
     # transformers draws weights of 0.02, right for width 768; at 128 they hardly start to learn.
     small = dict(hidden_size=128, num_attention_heads=4, intermediate_size=512,
                  initializer_range=128 ** -0.5, hidden_dropout_prob=0.0)
-    words = sorted({word for e in entries for s in e["sentences"] for word in s["raw"].split()})
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     transformers.ViTConfig(num_hidden_layers=2, image_size=48, patch_size=16,
                            **small).save_pretrained(Path(folder, "image-model"))
@@ -158,9 +172,6 @@ def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2
         num_hidden_layers=4, vocab_size=len(vocabulary), attention_probs_dropout_prob=0.0,
         **small).save_pretrained(Path(folder, "text-model"))
     Path(folder, "text-model", "vocab.txt").write_text("\n".join(vocabulary))
-    target.with_suffix(".part").write_text(json.dumps({"images": entries, "dataset": "toy"}))
-    os.replace(target.with_suffix(".part"), target)
-    return target
 
 
 def fetch(url, folder, terms):
@@ -646,13 +657,16 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
     student, teacher (Q,1+m): logits, column 0 the positive -> scalar, mean over queries. The
     teacher's are divided by `temperature` and detached: the student must not teach its teacher.
     The student's stay dual logits, so this trains the contrastive temperature too (ours).
-    objective: kl, mse, margin, rank (0 with a single negative) or label; ValueError for others.
+    objective: kl, gated, mse, margin, rank (0 with one negative), label; ValueError for others.
     """
     teacher = teacher.detach() / temperature
     if student.shape[1] == 1:  # no negatives, nothing to compare
         return student.sum() * 0
-    if objective == "kl":  # KL(softmax(teacher) || softmax(student)), Hinton et al., 1503.02531
-        return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+    if objective in ("kl", "gated"):  # KL(softmax(teacher) || softmax(student)), 1503.02531
+        kl = F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="none").sum(1)
+        # Where the teacher ranks the positive lower, it or the label is wrong: no lesson (ours).
+        trusted = (teacher[:, :1] > teacher[:, 1:]).all(1)
+        return (kl * trusted if objective == "gated" else kl).mean()
     if objective == "mse":  # rows centred, since adding a constant to logits means nothing
         return F.mse_loss(student - student.mean(1, keepdim=True),
                           teacher - teacher.mean(1, keepdim=True))
@@ -671,7 +685,7 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 # Training
 
 
-def loop_losses(model, batch, negatives=4, sampling="softmax", objective="kl",
+def loop_losses(model, batch, negatives=4, sampling="softmax", objective="gated",
                 distill_temperature=1.0, logq=True, cross=True):
     """One turn of the loop -> dict of scalars: contrastive, matching and distillation losses;
     dual_recall, how often a right text is first among the batch's; cross_recall, how often the true
@@ -1243,7 +1257,8 @@ def training_options(add):
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
     add("--logq", action=argparse.BooleanOptionalAction, default=True, help="correct for sampling")
     add("--hard-warmup", type=float, default=0.3, help="part of training with random ones first")
-    add("--distill", choices=("none", "kl", "mse", "margin", "rank", "label"), default="kl",
+    add("--distill", default="gated",
+        choices=("none", "kl", "gated", "mse", "margin", "rank", "label"),
         help="objective; label is a control without a teacher")
     add("--distill-weight", type=float, default=1.0, help="in the total loss")
     add("--distill-temperature", type=float, default=1.0, help="divides the teacher's logits")

@@ -138,7 +138,7 @@ def test_matching_loss_is_the_mean_negative_log_likelihood():
     assert matching_loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
 
 
-OBJECTIVES = ["kl", "mse", "margin", "rank", "label"]
+OBJECTIVES = ["kl", "gated", "mse", "margin", "rank", "label"]
 
 
 def slow_distillation(student, teacher, objective, temperature):
@@ -146,10 +146,12 @@ def slow_distillation(student, teacher, objective, temperature):
     for d, c in zip(student.tolist(), teacher.tolist()):
         c = [value / temperature for value in c]
         n = len(d)
-        if objective == "kl":
+        if objective == "kl" or objective == "gated" and max(c) == c[0]:
             p = [math.exp(v) / sum(map(math.exp, c)) for v in c]
             q = [math.exp(v) / sum(map(math.exp, d)) for v in d]
             total += sum(a * math.log(a / b) for a, b in zip(p, q))
+        elif objective == "gated":
+            total += 0  # the teacher ranks a negative first
         elif objective == "mse":
             total += sum((a - sum(d) / n - b + sum(c) / n) ** 2 for a, b in zip(d, c)) / n
         elif objective == "margin":
@@ -169,6 +171,7 @@ def slow_distillation(student, teacher, objective, temperature):
 def test_distillation_objectives_equal_their_formulas(objective, temperature):
     torch.manual_seed(0)
     student, teacher = torch.randn(6, 5), 3 * torch.randn(6, 5)
+    teacher[::2, 0] += 9  # half of the teacher's rows have the positive first
     result = distillation_loss(student, teacher, objective, temperature).item()
     assert result == pytest.approx(slow_distillation(student, teacher, objective, temperature),
                                    rel=1e-4)
@@ -177,7 +180,7 @@ def test_distillation_objectives_equal_their_formulas(objective, temperature):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_teacher_is_not_taught_and_no_negatives_teach_nothing(objective):
     student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    distillation_loss(student, teacher, objective).backward()
+    distillation_loss(student, teacher + torch.tensor([9.0, 0, 0, 0]), objective).backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
     assert distillation_loss(student[:, :1], teacher[:, :1], objective).item() == 0
 
@@ -555,6 +558,16 @@ def test_toy_scenes_are_drawn_once_and_say_what_they_show(tmp_path):
     assert path.stat().st_mtime_ns == before
 
 
+def test_toy_noise_gives_training_captions_to_wrong_images_and_loses_none(tmp_path):
+    clean, noisy = (load_captions(make_toy_dataset(
+        tmp_path / str(noise), train=20, val=4, test=4, noise=noise)) for noise in (0, 0.3))
+    wrong = [set(a.captions) - set(b.captions) for a, b in zip(clean, noisy)]
+    assert 10 <= sum(map(len, wrong[:20])) <= 12  # 0.3 of 40 captions; two may be the same words
+    assert not any(wrong[20:])
+    assert (Counter(text for r in clean for text in r.captions)
+            == Counter(text for r in noisy for text in r.captions))
+
+
 def test_batches_follow_from_seed_and_step_alone(tmp_path):
     records = load_captions(make_toy_dataset(tmp_path / "toy", train=9, val=1, test=1))[:9]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "toy" / "text-model")
@@ -654,10 +667,15 @@ def test_training_writes_checkpoints_log_picture_and_table(trained):
                                            abs=0.06)
 
 
-def test_the_picture_frames_the_right_image(trained):
-    picture = Image.open(trained[0] / "retrieval.png")
-    colours = dict((colour, count) for count, colour in picture.getcolors(1 << 20))
-    assert colours.get((50, 205, 50), 0) > 500  # lime green frames, 4 pixels wide
+def test_the_picture_frames_the_right_image(root, tmp_path):
+    records = load_captions(root / "toy" / "captions.json")[-12:]
+    oracle = torch.eye(12).repeat_interleave(2, dim=1)  # two captions of each image
+    loopitr.draw_retrieval(tmp_path / "a.png", records, -oracle, oracle, rows=3)
+    picture = Image.open(tmp_path / "a.png")
+    width, height = picture.size
+    for half, frames in (((0, 0, width // 2, height), 0), ((width // 2, 0, width, height), 3)):
+        colours = {colour: count for count, colour in picture.crop(half).getcolors(1 << 20)}
+        assert colours.get((50, 205, 50), 0) == frames * (104 ** 2 - 96 ** 2)  # lime green
 
 
 def test_bf16_trains_and_evaluates_on_any_machine(root, tmp_path):
