@@ -685,7 +685,7 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 # Training
 
 
-def loop_losses(model, batch, negatives=4, sampling="softmax", objective="gated",
+def loop_losses(model, batch, negatives=1, sampling="softmax", objective="gated",
                 distill_temperature=1.0, logq=True, cross=True):
     """One turn of the loop -> dict of scalars: contrastive, matching and distillation losses;
     dual_recall, how often a right text is first among the batch's; cross_recall, how often the true
@@ -1253,7 +1253,7 @@ def argument_parser():
 
 def training_options(add):
     """The options of the loop, of the optimiser and of the machine."""
-    add("--negatives", type=int, default=4, help="m, hard negatives per image and per text")
+    add("--negatives", type=int, default=1, help="m, hard negatives per image and per text")
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
     add("--logq", action=argparse.BooleanOptionalAction, default=True, help="correct for sampling")
     add("--hard-warmup", type=float, default=0.3, help="part of training with random ones first")
@@ -1313,9 +1313,9 @@ def parse_arguments(argv):
     if args.checkpoint and (args.train or args.resume):
         raise InputError("--checkpoint is for --evaluate and --search; to train from it: --init")
     name = args.data[0] if args.data else "toy"
-    presets = {"flickr30k": dict(init="albef", grad_checkpointing=True), "toy": dict(
+    presets = {"flickr30k": dict(init="albef", negatives=4, grad_checkpointing=True), "toy": dict(
         image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
-        text_layers=2, image_size=48, from_scratch=True, augment=False, epochs=7, batch_size=64,
+        text_layers=2, image_size=48, from_scratch=True, augment=False, epochs=13, batch_size=64,
         lr=1e-3, fresh_lr=1e-3, hard_warmup=0.0, workers=0, bf16=False)}
     presets["coco"] = presets["flickr30k"] | dict(epochs=5)
     preset = presets.get(name, {})
