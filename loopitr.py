@@ -1315,7 +1315,7 @@ def parse_arguments(argv):
     name = args.data[0] if args.data else "toy"
     presets = {"flickr30k": dict(init="albef", negatives=4, grad_checkpointing=True), "toy": dict(
         image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
-        text_layers=2, image_size=48, from_scratch=True, augment=False, epochs=13, batch_size=64,
+        text_layers=2, image_size=48, from_scratch=True, augment=False, batch_size=64,
         lr=1e-3, fresh_lr=1e-3, hard_warmup=0.0, workers=0, bf16=False)}
     presets["coco"] = presets["flickr30k"] | dict(epochs=5)
     preset = presets.get(name, {})
