@@ -991,6 +991,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L), dual_scores (I,T); the top k
     texts of each image and the top k images of each text are taken (all, if k is larger). Of
     several processes each scores the images it holds, image_tokens[0] being image `first`.
+    pairs_per_pass bounds what is on the device at a time.
     -> scores (I,T) in double precision on the CPU: match logits plus dual_weight * dual logits on
     the shortlists, everything else below them in dual order.
     """
@@ -1315,8 +1316,9 @@ def parse_arguments(argv):
     name = args.data[0] if args.data else "toy"
     presets = {"flickr30k": dict(init="albef", negatives=4, grad_checkpointing=True), "toy": dict(
         image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
-        text_layers=2, image_size=48, from_scratch=True, augment=False, batch_size=64,
-        lr=1e-3, fresh_lr=1e-3, hard_warmup=0.0, workers=0, bf16=False)}
+        text_layers=2, image_size=48, from_scratch=True, batch_size=64, lr=1e-3, fresh_lr=1e-3,
+        augment=False,  # a flipped scene has its left on the right
+        hard_warmup=0.0, workers=0, bf16=False)}
     presets["coco"] = presets["flickr30k"] | dict(epochs=5)
     preset = presets.get(name, {})
     init = args.init or preset.get("init", "none")
