@@ -656,17 +656,13 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 
     student, teacher (Q,1+m): logits, column 0 the positive -> scalar, mean over queries. The
     teacher's are divided by `temperature` and detached: the student must not teach its teacher.
-    The student's stay dual logits, so this trains the contrastive temperature too (ours).
-    objective: kl, gated, mse, margin, rank (0 with one negative), label; ValueError for others.
+    objective: kl, mse, margin, rank (0 with one negative), label; ValueError for others.
     """
     teacher = teacher.detach() / temperature
     if student.shape[1] == 1:  # no negatives, nothing to compare
         return student.sum() * 0
-    if objective in ("kl", "gated"):  # KL(softmax(teacher) || softmax(student)), 1503.02531
-        kl = F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="none").sum(1)
-        # Where the teacher ranks the positive lower, it or the label is wrong: no lesson (ours).
-        trusted = (teacher[:, :1] > teacher[:, 1:]).all(1)
-        return (kl * trusted if objective == "gated" else kl).mean()
+    if objective == "kl":  # KL(softmax(teacher) || softmax(student)), 1503.02531
+        return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
     if objective == "mse":  # rows centred, since adding a constant to logits means nothing
         return F.mse_loss(student - student.mean(1, keepdim=True),
                           teacher - teacher.mean(1, keepdim=True))
@@ -685,7 +681,7 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 # Training
 
 
-def loop_losses(model, batch, negatives=1, sampling="softmax", objective="gated",
+def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
                 distill_temperature=1.0, logq=True, cross=True):
     """One turn of the loop -> dict of scalars: contrastive, matching and distillation losses;
     dual_recall, how often a right text is first among the batch's; cross_recall, how often the true
@@ -728,7 +724,10 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="gated"
         true, negative = pair_logits[:len(own)], pair_logits[len(own):]
         return torch.cat([true.repeat(2)[:, None], negative.view(2 * len(own), m)], dim=1)
 
-    student, teacher = candidates(similarity[pairs]), candidates(logits)
+    # Only the contrastive loss teaches the temperature, whose gradient is taken out here: to reach
+    # the teacher's wider logits it would sink, draw harder negatives, and so widen them further.
+    fixed = similarity * (model.temperature / model.temperature.detach())
+    student, teacher = candidates(fixed[pairs]), candidates(logits)
     losses["cross_recall"] = (teacher[:, :1] > teacher[:, 1:]).all(1).float().mean()
     if objective != "none":
         losses["distillation"] = distillation_loss(student, teacher, objective,
@@ -1258,10 +1257,9 @@ def training_options(add):
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
     add("--logq", action=argparse.BooleanOptionalAction, default=True, help="correct for sampling")
     add("--hard-warmup", type=float, default=0.3, help="part of training with random ones first")
-    add("--distill", default="gated",
-        choices=("none", "kl", "gated", "mse", "margin", "rank", "label"),
+    add("--distill", choices=("none", "kl", "mse", "margin", "rank", "label"), default="mse",
         help="objective; label is a control without a teacher")
-    add("--distill-weight", type=float, default=1.0, help="in the total loss")
+    add("--distill-weight", type=float, default=0.1, help="in the total loss; for kl, label: 1")
     add("--distill-temperature", type=float, default=1.0, help="divides the teacher's logits")
     add("--distill-warmup", type=float, default=0.4, help="part of training before it sets in")
     add("--contrastive-weight", type=float, default=1.0, help="in the total loss")

@@ -138,7 +138,7 @@ def test_matching_loss_is_the_mean_negative_log_likelihood():
     assert matching_loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
 
 
-OBJECTIVES = ["kl", "gated", "mse", "margin", "rank", "label"]
+OBJECTIVES = ["kl", "mse", "margin", "rank", "label"]
 
 
 def slow_distillation(student, teacher, objective, temperature):
@@ -146,12 +146,10 @@ def slow_distillation(student, teacher, objective, temperature):
     for d, c in zip(student.tolist(), teacher.tolist()):
         c = [value / temperature for value in c]
         n = len(d)
-        if objective == "kl" or objective == "gated" and max(c) == c[0]:
+        if objective == "kl":
             p = [math.exp(v) / sum(map(math.exp, c)) for v in c]
             q = [math.exp(v) / sum(map(math.exp, d)) for v in d]
             total += sum(a * math.log(a / b) for a, b in zip(p, q))
-        elif objective == "gated":
-            total += 0  # the teacher ranks a negative first
         elif objective == "mse":
             total += sum((a - sum(d) / n - b + sum(c) / n) ** 2 for a, b in zip(d, c)) / n
         elif objective == "margin":
@@ -430,7 +428,7 @@ def test_one_turn_of_the_loop_equals_the_slow_way(sampling, logq, monkeypatch):
         torch.testing.assert_close(losses[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_distillation_reaches_the_dual_heads_and_not_the_teacher():
+def test_distillation_reaches_the_dual_heads_but_neither_teacher_nor_temperature():
     model = tiny_model()
     batch = (*random_batch(model, images=5, texts=5), torch.arange(5))
     loop_losses(model, batch, negatives=2)["distillation"].backward()
@@ -438,6 +436,7 @@ def test_distillation_reaches_the_dual_heads_and_not_the_teacher():
         assert sum(p.grad.abs().sum() for p in part.parameters() if p.grad is not None) > 0
     for part in (model.cross_encoder, model.match_head):
         assert all(p.grad is None for p in part.parameters())
+    assert model.log_temperature.grad.item() == pytest.approx(0, abs=1e-5)
 
 
 def test_a_batch_of_one_image_trains_without_negatives():
@@ -749,9 +748,10 @@ def test_options_of_the_loop_reach_it(root, tmp_path, capsys):
                                              "--matching-weight", 0)]) == 0
     assert "matching" not in log_of(tmp_path)[0] and len(log_of(tmp_path)) == 5
     assert loopitr.main(["--train", *command(root, tmp_path, "--epochs", 2, "--distill", "margin",
-                                             "--distill-warmup", 0.5)]) == 0
+                                             "--distill-warmup", 0.5, "--distill-weight", 2)]) == 0
     for line in log_of(tmp_path):  # the term sets in after half of the 10 steps
-        parts = line["contrastive"] + line["matching"] + line["distillation"] * (line["step"] > 5)
+        weight = 2 * (line["step"] > 5)
+        parts = line["contrastive"] + line["matching"] + line["distillation"] * weight
         assert line["loss"] == pytest.approx(parts, abs=1e-3)
 
 
