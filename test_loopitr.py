@@ -1337,7 +1337,8 @@ def test_accumulation_averages_the_gradients_of_the_parts(root, tmp_path):
     model.zero_grad()
     for part in zip(*(tensor.chunk(2) for tensor in batch)):
         losses = loop_losses(model, part, 3, "topk")
-        ((losses["contrastive"] + losses["matching"] + losses["distillation"]) / 2).backward()
+        ((losses["contrastive"] + losses["matching"]
+          + args.distill_weight * losses["distillation"]) / 2).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for name, gradient in seen[0].items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad)
