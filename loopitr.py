@@ -19,7 +19,7 @@ true pair from those; (4) its logits of the same candidates are distilled into t
 Left out of ALBEF, whose recipe this is: masked language modelling (its pre-training), momentum
 encoders and queues (its fine-tuning too). Ours, because what we know of the paper is silent: all of
 the distillation but its direction, m, random negatives first, the learning rate of fresh parts,
-gradient clipping, the matching loss's correction for sampling, dual logits added in re-ranking.
+gradient clipping, dual logits added in re-ranking.
 
 Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
 V text tokens without padding, D width (image and text tokens may differ in it), E embedding,
@@ -615,22 +615,6 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
         return scores.topk(min(num_negatives, fewest), dim=1).indices
 
 
-def log_sampling_rate(similarity, num_negatives, strategy="softmax"):
-    """About how often `sample_hard_negatives` brings each pair as a negative, drawing m texts per
-    image and m images per text: its logarithm (B,B), without gradient. Taken as if nothing were
-    masked and draws were with replacement, which keeps the rate of a true pair finite too.
-
-    Against negatives drawn at rate q, a classifier's best logit of a pair that is true at rate p
-    is log(p / q): what the dual encoder knows is taken out again. With logit - log q in the loss,
-    of true pairs too, the logit itself becomes log p, which ranks by itself and is fit to teach:
-    logQ correction (noise-contrastive estimation; ours).
-    """
-    # random: one rate for all. topk: its rate, 1 or 0, has no useful logarithm, so a constant too.
-    logits = similarity.detach() if strategy == "softmax" else torch.zeros_like(similarity)
-    return (torch.logaddexp(logits.log_softmax(0), logits.log_softmax(1))
-            + math.log(max(num_negatives, 1)))
-
-
 # ------------------------------------------------------------------------------------------------
 # Losses
 
@@ -682,13 +666,13 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 
 
 def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
-                distill_temperature=1.0, logq=True, cross=True):
+                distill_temperature=1.0, cross=True):
     """One turn of the loop -> dict of scalars: contrastive, matching and distillation losses;
     dual_recall, how often a right text is first among the batch's; cross_recall, how often the true
     partner is first of its 1 + m candidates. `cross=False` stops after the dual encoder.
     batch: this process's pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,).
     sampling, objective, distill_temperature: as in `sample_hard_negatives`, `distillation_loss`, or
-    "none"; negatives: m; logq: correct the matching loss by `log_sampling_rate`."""
+    "none"; negatives: m."""
     pixels, input_ids, attention_mask, image_ids = batch
     image_tokens, image_embedding = model.encode_image(pixels)
     text_tokens, text_embedding = model.encode_text(input_ids, attention_mask)
@@ -716,8 +700,7 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     pairs = (torch.cat([own, own.repeat_interleave(m), hard_images.flatten()]),
              torch.cat([own, hard_texts.flatten(), own.repeat_interleave(m)]))
     logits = model.match(image_tokens, text_tokens, attention_mask, *pairs)
-    log_q = log_sampling_rate(similarity, m, sampling)[pairs] if logq else 0.0
-    losses["matching"] = matching_loss(logits - log_q, is_positive[pairs])
+    losses["matching"] = matching_loss(logits, is_positive[pairs])
 
     # Cross -> dual: both encoders' logits (2B,1+m) of the same candidates, true partner first.
     def candidates(pair_logits):
@@ -765,7 +748,7 @@ def training_step(model, batch, optimizer, scheduler, args, progress):
     optimizer.zero_grad()
     for part in zip(*(tensor.to(args.device).chunk(args.accumulate) for tensor in batch)):
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
-            losses = model(part, negatives=args.negatives, sampling=sampling, logq=args.logq,
+            losses = model(part, negatives=args.negatives, sampling=sampling,
                            objective=args.distill, distill_temperature=args.distill_temperature,
                            cross=args.matching_weight > 0)
         losses["loss"] = sum(weight * losses[name] for name, weight in loss_weights.items()
@@ -1255,7 +1238,6 @@ def training_options(add):
     """The options of the loop, of the optimiser and of the machine."""
     add("--negatives", type=int, default=1, help="m, hard negatives per image and per text")
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
-    add("--logq", action=argparse.BooleanOptionalAction, default=True, help="correct for sampling")
     add("--hard-warmup", type=float, default=0.3, help="part of training with random ones first")
     add("--distill", choices=("none", "kl", "mse", "margin", "rank", "label"), default="mse",
         help="objective; label is a control without a teacher")
@@ -1322,8 +1304,8 @@ def parse_arguments(argv):
     init = args.init or preset.get("init", "none")
     if init != "none":  # nothing is fresh
         preset |= dict(hard_warmup=0.0, distill_warmup=0.0)
-    if init == "albef" or init.endswith(".pth"):  # and its match head learned without correction
-        preset |= dict(fresh_lr=1e-5, logq=False)
+    if init == "albef" or init.endswith(".pth"):
+        preset |= dict(fresh_lr=1e-5)
     parser.set_defaults(data=["toy"], **preset)
     output = args.output or str(Path(args.checkpoint).parent if args.checkpoint else
                                 Path("runs", Path(name).stem))

@@ -23,9 +23,8 @@ import transformers
 from PIL import Image, ImageColor
 
 import loopitr
-from loopitr import (contrastive_loss, distillation_loss, load_captions, log_sampling_rate,
-                     loop_losses, make_toy_dataset, matching_loss, recall_at_k, rerank,
-                     sample_hard_negatives)
+from loopitr import (contrastive_loss, distillation_loss, load_captions, loop_losses,
+                     make_toy_dataset, matching_loss, recall_at_k, rerank, sample_hard_negatives)
 
 
 def tiny_model(seed=0, text_layers=2, image_layers=1):
@@ -241,22 +240,20 @@ def test_queries_with_too_few_negatives_get_fewer_instead_of_positives():
     assert sample_hard_negatives(torch.randn(1, 1), torch.ones(1, 1, dtype=bool), 3).shape == (1, 0)
 
 
-@pytest.mark.parametrize("strategy", ["softmax", "random"])
-def test_corrected_for_sampling_the_best_logit_is_the_log_probability_of_the_pair(strategy):
+def test_match_logit_plus_dual_logit_is_the_log_probability_of_the_pair():
     """One kind of image whose text is number j with probability p[j], and a dual encoder that
-    believes otherwise. The best logit of a classifier is log(times true / times negative)."""
+    believes otherwise. The best logit of a classifier is log(times true / times negative), which
+    says what the dual encoder does not: hence --dual-weight 1."""
     torch.manual_seed(0)
     queries, m = 200_000, 2
     p = torch.linspace(1, 3, 12)[torch.randperm(12)]
     p = p / p.sum()
     similarity = torch.randn(12).expand(queries, 12)
     true = p.multinomial(queries, replacement=True)[:, None] == torch.arange(12)
-    negatives = sample_hard_negatives(similarity, true, m, strategy)
+    negatives = sample_hard_negatives(similarity, true, m)
     best = (true.sum(0) / negatives.flatten().bincount()).log()
-    corrected = best + log_sampling_rate(similarity, m, strategy)[0]
-    assert (corrected - p.log()).std() < 0.15
-    if strategy == "softmax":  # without the correction it says rather what the dual does not
-        assert (best - p.log()).std() > 0.5
+    assert (best + similarity[0] - p.log()).std() < 0.15
+    assert (best - p.log()).std() > 0.5
 
 
 # ------------------------------------------------------------------------------------------------
@@ -388,33 +385,28 @@ def test_position_embeddings_are_interpolated_to_another_image_size():
     assert model.encode_image(torch.randn(2, 3, 48, 48))[0].shape == (2, 10, 32)
 
 
-@pytest.mark.parametrize("sampling, logq", [("topk", False), ("topk", True), ("softmax", True)])
-def test_one_turn_of_the_loop_equals_the_slow_way(sampling, logq, monkeypatch):
+def test_one_turn_of_the_loop_equals_the_slow_way():
     model = tiny_model()
     pixels, ids, mask = random_batch(model, images=5, texts=5)
     image_ids, m = torch.tensor([0, 1, 0, 2, 3]), 2  # texts 0 and 2 belong to the same image
     pixels[2] = pixels[0]
-    real = sample_hard_negatives  # the same candidates whatever the strategy
-    monkeypatch.setattr(loopitr, "sample_hard_negatives", lambda *args: real(*args[:3], "topk"))
-    losses = loop_losses(model, (pixels, ids, mask, image_ids), m, sampling, "kl", 2.0, logq)
+    losses = loop_losses(model, (pixels, ids, mask, image_ids), m, "topk", "kl", 2.0)
 
     image_tokens, image = model.encode_image(pixels)
     text_tokens, text = model.encode_text(ids, mask)
     dual = image @ text.T / 0.07
-    rate = dual.exp() if sampling == "softmax" else torch.ones(5, 5)
-    log_q = (m * (rate / rate.sum(0) + rate / rate.sum(1, keepdim=True))).log() * logq
     labels, logits, student, teacher = [], [], [], []
     every = torch.arange(5)
     cross = torch.stack([slow_match(model, image_tokens, text_tokens, mask,
                                     torch.full((5,), i), every) for i in range(5)])
-    for d, c, offset in ((dual, cross, log_q), (dual.T, cross.T, log_q.T)):
+    for d, c in ((dual, cross), (dual.T, cross.T)):
         for q in range(5):
             negatives = [j for j in range(5) if image_ids[j] != image_ids[q]]
             hard = sorted(negatives, key=lambda j: -d[q, j].item())[:m]
             student.append(d[q, [q, *hard]])
             teacher.append(c[q, [q, *hard]])
             true = [q] if d is dual else []  # the true pairs are in the loss once
-            logits.append((c - offset)[q, true + hard])
+            logits.append(c[q, true + hard])
             labels += [1] * len(true) + [0] * m
     student, teacher = torch.stack(student), torch.stack(teacher)
     expected = {
@@ -890,15 +882,14 @@ def test_what_does_not_fit_together_is_refused(root, tmp_path, capsys, trained, 
 def test_defaults_follow_the_start_and_the_data_set():
     def options(*argv):
         args = loopitr.parse_arguments(["--train", "--data", *argv])
-        return (args.init, args.fresh_lr, args.logq, args.hard_warmup, args.distill_warmup,
-                args.epochs)
+        return args.init, args.fresh_lr, args.hard_warmup, args.distill_warmup, args.epochs
     albef = os.path.join("data", "ALBEF_4M.pth")
-    assert options("flickr30k") == (albef, 1e-5, False, 0.0, 0.0, 10)
-    assert options("coco") == (albef, 1e-5, False, 0.0, 0.0, 5)
-    assert options("own.json", "--init", "albef") == (albef, 1e-5, False, 0.0, 0.0, 10)
-    assert options("own.json", "--init", "fine-tuned.pth")[1:] == (1e-5, False, 0.0, 0.0, 10)
-    assert options("flickr30k", "--init", "none") == (None, 1e-4, True, 0.3, 0.4, 10)
-    assert options("flickr30k", "--init", "ours.pt") == ("ours.pt", 1e-4, True, 0.0, 0.0, 10)
+    assert options("flickr30k") == (albef, 1e-5, 0.0, 0.0, 10)
+    assert options("coco") == (albef, 1e-5, 0.0, 0.0, 5)
+    assert options("own.json", "--init", "albef") == (albef, 1e-5, 0.0, 0.0, 10)
+    assert options("own.json", "--init", "fine-tuned.pth")[1:] == (1e-5, 0.0, 0.0, 10)
+    assert options("flickr30k", "--init", "none") == (None, 1e-4, 0.3, 0.4, 10)
+    assert options("flickr30k", "--init", "ours.pt") == ("ours.pt", 1e-4, 0.0, 0.0, 10)
     assert options("own.json", "--init", "albef", "--fresh-lr", "1")[1] == 1
 
 
@@ -1280,7 +1271,7 @@ def one_step(rank, processes, folder, pairs=8):
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet",
                                              rank=rank, world_size=processes)
         parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    losses = parallel(batch, negatives=2, objective="none", logq=False)
+    losses = parallel(batch, negatives=2, objective="none")
     losses["contrastive"].backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     torch.save((losses["contrastive"].detach(), gradients), f"{folder}/{processes}-{rank}")
