@@ -1305,7 +1305,7 @@ def parse_arguments(argv):
     if init != "none":  # nothing is fresh
         preset |= dict(hard_warmup=0.0, distill_warmup=0.0)
     if init == "albef" or init.endswith(".pth"):
-        preset |= dict(fresh_lr=1e-5)
+        preset["fresh_lr"] = 1e-5
     parser.set_defaults(data=["toy"], **preset)
     output = args.output or str(Path(args.checkpoint).parent if args.checkpoint else
                                 Path("runs", Path(name).stem))
