@@ -39,7 +39,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +48,7 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput
@@ -61,10 +61,6 @@ class InputError(ValueError):
 
 # ------------------------------------------------------------------------------------------------
 # Data
-
-
-# Endings of photos. Pillow opens many more, among them films and documents.
-PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class Record(NamedTuple):
@@ -90,7 +86,7 @@ def load_captions(path, images=None):
                      [sentence["raw"] for sentence in entry["sentences"]])
                     for entry in content["images"]]
         else:
-            # None or two of them: ValueError. "retrieval" names no split.
+            # Exactly one of them, else ValueError; the "val" within "retrieval" names no split.
             split, = set(re.findall("(?<![a-z])(?:train|val|test)", Path(path).stem))
             rows = [(row["image"], split, [row["caption"]] if isinstance(row["caption"], str)
                      else row["caption"]) for row in content]
@@ -112,8 +108,7 @@ def load_captions(path, images=None):
     return [Record(image, texts, split_of[image]) for image, texts in captions.items()]
 
 
-def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2, noise=0.0,
-                     seed=0):
+def make_toy_dataset(folder, train=4000, val=300, test=500, noise=0.0, seed=0):
     """Draw scenes of three objects on a 3 x 3 grid, with captions of how two of them lie.
 
     Relations are what one vector per image finds hard and cross-attention finds easy. Writes PNGs,
@@ -147,7 +142,7 @@ def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2
                  for words, (dx, dy) in relations.items() if (bx - ax) * dx + (by - ay) * dy > 0}
         entries.append({"filename": f"images/{number:05d}.png", "split": "train" if number < train
                         else "val" if number < train + val else "test", "sentences":
-                        [{"raw": fact} for fact in rng.sample(sorted(facts), captions_per_image)]})
+                        [{"raw": fact} for fact in rng.sample(sorted(facts), 2)]})
         canvas.save(Path(folder, entries[-1]["filename"]))
     moved = [sentence for entry in entries[:train] for sentence in entry["sentences"]]
     moved = rng.sample(moved, int(noise * len(moved)))
@@ -162,7 +157,7 @@ def make_toy_dataset(folder, train=4000, val=300, test=500, captions_per_image=2
 
 def save_toy_backbones(folder, words):
     """Write configurations of a small ViT and a small BERT, which knows `words` and no others."""
-    # transformers draws weights of 0.02, right for width 768; at 128 they hardly start to learn.
+    # transformers draws weights with deviation 0.02, right for width 768; at 128 they hardly learn.
     small = dict(hidden_size=128, num_attention_heads=4, intermediate_size=512,
                  initializer_range=128 ** -0.5, hidden_dropout_prob=0.0)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
@@ -195,7 +190,7 @@ def fetch(url, folder, terms):
             if zipped:
                 shutil.unpack_archive(file, aside)
             os.replace(Path(aside, target.name), target)
-    except (OSError, TypeError, EOFError, shutil.ReadError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a server, a disk and a damaged zip fail in many ways
         raise InputError(f"{url} failed ({error}): run again, or download it by hand"
                          f"{' and unpack it' * zipped} to {target}") from None
     return target
@@ -207,7 +202,7 @@ def load_splits(data, root, images, needed):
     the test split. InputError for captions or images that are missing."""
     if not data:
         found = sorted(str(path) for path in Path(images).rglob("*")
-                       if path.name.lower().endswith(PHOTOS) and path.is_file())
+                       if is_image_file(path.name) and path.is_file())
         if not found:
             raise InputError(f"there are no images in {images}")
         return {"test": [Record(path, [], "test") for path in found]}
@@ -287,22 +282,22 @@ class Batches(Dataset):
     input_ids (B,L), attention_mask (B,L), image_ids (B,). Every `per_epoch` steps visit all
     captions once, but for a last, incomplete batch.
 
-    Order and augmentation follow from seed and step alone, whatever the number of workers, so that
-    a resumed run meets the same batches.
+    Order and augmentation follow from seed and step alone, so that a resumed run meets the same
+    batches with any number of workers (tokens of a frozen encoder, augmented: with the same).
     """
 
     def __init__(self, records, images, tokenizer, batch_size, seed):
         self.captions = [(number, text) for number, r in enumerate(records) for text in r.captions]
         self.images, self.tokenizer = images, tokenizer
         self.batch_size, self.seed = batch_size, seed
-        self.share = world()  # asked here, since loader processes are not part of it
+        self.share = world()  # rank, processes: asked here, since loaders are no part of the group
         self.per_epoch = len(self.captions) // batch_size
         if not self.per_epoch:
             raise InputError(f"--batch-size {batch_size}: there are {len(self.captions)} captions")
 
     def __getitem__(self, step):
         epoch, place = divmod(step, self.per_epoch)
-        # The hash of a tuple of integers, other than that of strings, is the same everywhere.
+        # Python salts the hash of strings, not of integers: this seed is the same in all processes.
         generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
         order = torch.randperm(len(self.captions), generator=generator)
         rank, processes = self.share  # of a batch, each process takes an equal part
@@ -330,8 +325,12 @@ def ignore_interrupt(_):
 # Model
 
 
+# Text tokens travel packed, without padding, as one list (V,D). Only attention lays them out in
+# rows: one of each pair where texts attend to themselves, one of each image where they attend to
+# it, so that all texts of an image share its keys and values, the dearest part of a cross layer.
+
 def row_layout(row, rows):
-    """Where packed tokens stand in padded rows; row (V,), rising, is the row of each token.
+    """Where packed tokens stand in padded rows; row (V,), never falling, is the row of each token.
     -> present (rows,columns): bool, whether a token stands there; slots (V,): the place of each."""
     count = torch.bincount(row, minlength=rows)
     column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
@@ -348,11 +347,10 @@ def to_rows(x, present, slots):
 class Attention(nn.Module):
     """Multi-head attention of packed text tokens, with BERT's residual and norm after it.
 
-    Tokens travel without padding, as one long list; only here they are laid out in rows. In
-    self-attention a row is the text of one pair. In cross-attention a row is one image with ALL
-    texts paired with it as one long query: its keys and values are projected once, however many
-    texts share it, and never copied per pair. The modules are named as in BERT and ALBEF, so that
-    their weights load as they are. Attention weights, unlike theirs, are not dropped out (ours).
+    In cross-attention a row is one image with ALL texts paired with it as one long query: its keys
+    and values are projected once, however many texts share it, and never copied per pair. The
+    modules are named as in BERT and ALBEF, so that their weights load as they are. Attention
+    weights, unlike theirs, are not dropped out (ours).
     """
 
     def __init__(self, config, source_width):
@@ -364,9 +362,9 @@ class Attention(nn.Module):
         self.output = BertSelfOutput(config)
 
     def forward(self, x, layout, source, source_layout=None):
-        """x (V,D): tokens that ask, in rows of `layout`; source: tokens that answer, an image a
-        row (rows,N,D), or packed text tokens in rows of `source_layout` -> (V,D). Both layouts are
-        (present, slots) of `row_layout`."""
+        """x (V,D): query tokens, in rows of `layout`; source: what keys and values are projected
+        from, image tokens (rows,N,D), or packed text tokens (V,D) in rows of `source_layout`
+        -> (V,D). A layout is (present, slots) of `row_layout`."""
         query, mask = to_rows(self.self.query(x), *layout), None
         key, value = self.self.key(source), self.self.value(source)
         if source_layout:
@@ -376,7 +374,7 @@ class Attention(nn.Module):
                              for t in (query, key, value))  # (rows,heads,columns,D/heads)
         if x.device.type == "cpu":  # where this kernel's backward is slower in bf16 than in fp32
             query, key, value = query.float(), key.float(), value.float()
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False):  # which would cast them back
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended = attended.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, layout[1])
         return self.output(attended, x)
@@ -392,15 +390,16 @@ class CrossLayer(nn.Module):
         self.intermediate, self.output = BertIntermediate(config), BertOutput(config)
 
     def forward(self, x, x_layout, image_layout, text, text_layout, image_tokens):
-        """x: the packed tokens to compute, all of text (V,D) or one of each pair, in a row per pair
-        by x_layout, in a row per image by image_layout; image_tokens (I,N,D) -> like x."""
+        """x: packed query tokens, all of `text` (V,D), or [CLS] of each pair (P,D) in the last
+        layer; x_layout lays them out in a row per pair, image_layout in a row per image.
+        text, text_layout: what self-attention reads; image_tokens (I,N,D) -> like x."""
         x = self.attention(x, x_layout, text, text_layout)
         x = self.crossattention(x, image_layout, image_tokens)
         return self.output(self.intermediate(x), x)
 
 
 def full_precision(x):
-    """Context without autocast: embeddings and scores in bf16 would tie all over the ranking."""
+    """Context without autocast: rounded to bf16, many scores would tie."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -411,8 +410,7 @@ class LoopITR(nn.Module):
     from `text_layers` on are moved to the cross encoder (ALBEF's split of one BERT).
     """
 
-    def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, temperature=0.07,
-                 pixel_statistics=None):
+    def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, temperature=0.07):
         super().__init__()
         bert, image_width = text_encoder.config, image_encoder.config.hidden_size
         upper = text_encoder.encoder.layer[text_layers:]
@@ -423,9 +421,10 @@ class LoopITR(nn.Module):
         self.text_projection = nn.Linear(bert.hidden_size, embedding)
         self.cross_encoder = nn.ModuleList(CrossLayer(bert, image_width) for _ in upper)
         for layer, source in zip(self.cross_encoder, upper):
+            # Not strict: no plain BERT has crossattention, which starts fresh.
             layer.load_state_dict(source.state_dict(), strict=False)
         self.match_head = nn.Linear(bert.hidden_size, 1)
-        self.pixel_statistics = pixel_statistics  # (mean, std) of RGB, for image_transform
+        self.pixel_statistics = None  # (mean, std) of RGB, for image_transform
         # From ALBEF's 0.07 on; learned as a logarithm, so that it stays positive without clamping.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
@@ -440,7 +439,8 @@ class LoopITR(nn.Module):
 
     def encode_image(self, pixels):
         """pixels (B,3,H,W), or a frozen encoder's tokens -> tokens (B,N,D), unit embedding (B,E).
-        Position embeddings are interpolated to H and W; DINOv2 does so without being asked."""
+        Position embeddings are interpolated to H and W where the model can (ViT, DeiT, and DINOv2,
+        which does so without being asked)."""
         tokens = pixels.float()
         if pixels.ndim == 4:  # not those of a frozen encoder, which are stored in half precision
             able = "interpolate_pos_encoding" in inspect.signature(
@@ -486,17 +486,10 @@ class LoopITR(nn.Module):
             return self.match_head(x.float()).squeeze(1)[order.argsort()]
 
 
-def rename(name, patterns):
-    """Replace each regular expression in turn: a tensor's name there -> its name here."""
-    for pattern, replacement in patterns.items():
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def load_backbone(name, from_scratch, **options):
     """-> transformers model of a hub name or folder; `from_scratch` reads only its configuration.
-    Tells how much came from the checkpoint, since silently random weights are the best known
-    reason for results that nobody can repeat. InputError when nothing came."""
+    Tells how much came from the checkpoint, since weights that silently stayed random are the best
+    known cause of results that nobody can repeat. InputError when nothing came."""
     config = transformers.AutoConfig.from_pretrained(name, **options)
     if from_scratch:
         return transformers.AutoModel.from_config(config)
@@ -515,7 +508,8 @@ def build_model(image_model, text_model, text_layers, embedding=256, from_scratc
                 init=None):
     """-> LoopITR, tokenizer. The models are names or folders, as transformers takes them;
     `from_scratch` reads only their configurations and draws random weights, which `init`, the path
-    of a checkpoint of ours or ALBEF's, replaces."""
+    of a checkpoint of ours or ALBEF's, replaces. embedding: E, 256 as in ALBEF. InputError when a
+    model cannot be loaded, is of another kind, or has too few layers for text_layers."""
     image_config, pixel_statistics = {}, None
     if init is not None:
         from_scratch = True
@@ -531,9 +525,10 @@ def build_model(image_model, text_model, text_layers, embedding=256, from_scratc
         image_encoder = load_backbone(image_model, from_scratch, **image_config)
         text_encoder = load_backbone(text_model, from_scratch)
         tokenizer = transformers.AutoTokenizer.from_pretrained(text_model)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load {image_model} and {text_model}: "
-                         f"{str(error).splitlines()[0]}") from None
+        model = LoopITR(image_encoder, text_encoder, text_layers, embedding).float()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"cannot load {image_model} and {text_model}, or they are no ViT and no "
+                         f"BERT: {str(error).splitlines()[0]}") from None
     layers = text_encoder.config.num_hidden_layers
     if not 0 < text_layers < layers:
         raise InputError(f"--text-layers {text_layers}: {text_model} has {layers}, of which text "
@@ -544,11 +539,7 @@ def build_model(image_model, text_model, text_layers, embedding=256, from_scratc
             pixel_statistics = processor.image_mean, processor.image_std
         except (OSError, ValueError):  # no preprocessor_config.json in the folder: ImageNet's
             pixel_statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    try:
-        model = LoopITR(image_encoder, text_encoder, text_layers, embedding,
-                        pixel_statistics=pixel_statistics).float()
-    except AttributeError as error:
-        raise InputError(f"{image_model} is no ViT or {text_model} no BERT: {error}") from None
+    model.pixel_statistics = pixel_statistics
     if init is not None:
         load_checkpoint(init, model, content)
     return model, tokenizer
@@ -558,29 +549,32 @@ def load_albef(model, state):
     """Fill model from ALBEF's released weights: checkpoint["model"] of a pre-trained or fine-tuned
     .pth, whose ViT may have been trained at another size, and BERT with cross-attention above."""
     text_layers, vit, ours = len(model.text_encoder.encoder.layer), {}, {}
+    names = {  # there, as a regular expression -> here; a ViT's as from_pretrained understands it
+        r"^text_encoder\.bert\.": "text_encoder.",  # the pre-trained file's
+        **{rf"^text_encoder\.encoder\.layer\.{text_layers + i}\.": f"cross_encoder.{i}."
+           for i in range(len(model.cross_encoder))},
+        "^vision_proj": "image_projection", "^text_proj": "text_projection",
+        "^itm_head": "match_head", "^temp$": "log_temperature", r"^visual_encoder\.": "",
+        "^cls_token": "embeddings.cls_token", "^pos_embed": "embeddings.position_embeddings",
+        r"^patch_embed\.proj": "embeddings.patch_embeddings.projection", "^norm": "layernorm",
+        "^blocks": "encoder.layer", "norm1": "layernorm_before", "norm2": "layernorm_after",
+        r"attn\.qkv": "attention.attention.qkv", r"attn\.proj": "attention.output.dense",
+        r"mlp\.fc1": "intermediate.dense", r"mlp\.fc2": "output.dense"}
     for name, tensor in state.items():
-        name = name.replace("text_encoder.bert.", "text_encoder.")  # the pre-trained file's
         if re.search(r"_m\.|queue|\.cls\.|position_ids", name):
             continue  # momentum copies, their queues, the language model's head
-        if name.startswith("visual_encoder."):  # to the names that from_pretrained understands
-            name = rename(name, {
-                r"visual_encoder\.": "", "^cls_token": "embeddings.cls_token",
-                "^pos_embed": "embeddings.position_embeddings",
-                r"^patch_embed\.proj": "embeddings.patch_embeddings.projection",
-                "^norm": "layernorm", "^blocks": "encoder.layer", "norm1": "layernorm_before",
-                "norm2": "layernorm_after", r"attn\.proj": "attention.output.dense",
-                r"mlp\.fc1": "intermediate.dense", r"mlp\.fc2": "output.dense"})
-            vit |= {name: tensor} if "qkv" not in name else {
-                name.replace("attn.qkv", f"attention.attention.{part}"): piece
-                for part, piece in zip(("query", "key", "value"), tensor.chunk(3))}
+        tensors = vit if name.startswith("visual_encoder.") else ours
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        if "qkv" in name:
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3)):
+                tensors[name.replace("qkv", part)] = piece
         else:
-            layer = re.match(r"text_encoder\.encoder\.layer\.(\d+)\.(.+)", name)
-            if layer and int(layer[1]) >= text_layers:
-                name = f"cross_encoder.{int(layer[1]) - text_layers}.{layer[2]}"
-            name = rename(name, {"^vision_proj": "image_projection", "^itm_head": "match_head",
-                                 "^text_proj": "text_projection", "^temp$": "log_temperature"})
-            ours[name] = (tensor[1:] - tensor[:1] if name.startswith("match_head") else  # class 1
-                          tensor.log() if name == "log_temperature" else tensor)
+            tensors[name] = tensor
+    for name in ("match_head.weight", "match_head.bias"):
+        ours[name] = ours[name][1:] - ours[name][:1]  # class 1 is the match
+    ours["log_temperature"] = ours["log_temperature"].log()
+    # Through from_pretrained, which knows the names inside the ViT of this version of transformers.
     model.image_encoder, report = type(model.image_encoder).from_pretrained(
         None, config=model.image_encoder.config, state_dict=vit, output_loading_info=True)
     if any("pooler" not in name for name in report["missing_keys"]):
@@ -610,7 +604,7 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
         scores = {"softmax": similarity + noise, "topk": similarity, "random": noise}[strategy]
         # Before the draw: zeroing positives after a softmax can leave a row without any weight,
         # at which multinomial fails, and an epsilon added to the logits does not change a softmax.
-        scores = scores.masked_fill(is_positive, -math.inf)
+        scores = scores.masked_fill(is_positive, -torch.inf)
         fewest = int((~is_positive).sum(1).min())
         return scores.topk(min(num_negatives, fewest), dim=1).indices
 
@@ -631,7 +625,11 @@ def contrastive_loss(logits, is_positive):
 
 
 def matching_loss(logits, labels):
-    """Binary cross-entropy of match logits (P,) against labels (P,), mean over pairs (ITM)."""
+    """Binary cross-entropy of match logits (P,) against labels (P,) -> scalar, mean over pairs.
+
+    Source: ITM of ALBEF, whose cross-entropy over two logits is the same as ours over their
+    difference.
+    """
     return F.binary_cross_entropy_with_logits(logits, labels.float())
 
 
@@ -640,7 +638,8 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 
     student, teacher (Q,1+m): logits, column 0 the positive -> scalar, mean over queries. The
     teacher's are divided by `temperature` and detached: the student must not teach its teacher.
-    objective: kl, mse, margin, rank (0 with one negative), label; ValueError for others.
+    objective: kl, mse (what training takes: README, Results), margin, rank (0 with one negative),
+    label; ValueError for others. All ours: the paper's formula is not known to us.
     """
     teacher = teacher.detach() / temperature
     if student.shape[1] == 1:  # no negatives, nothing to compare
@@ -670,56 +669,54 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     """One turn of the loop -> dict of scalars: contrastive, matching and distillation losses;
     dual_recall, how often a right text is first among the batch's; cross_recall, how often the true
     partner is first of its 1 + m candidates. `cross=False` stops after the dual encoder.
-    batch: this process's pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,).
-    sampling, objective, distill_temperature: as in `sample_hard_negatives`, `distillation_loss`, or
-    "none"; negatives: m."""
+    batch: this process's pixels (B,3,H,W), or tokens (B,N,D) of a frozen image encoder, input_ids
+    (B,L), attention_mask (B,L), image_ids (B,). negatives: m. sampling: as in
+    `sample_hard_negatives`; objective, distill_temperature: as in `distillation_loss`, or "none".
+    """
     pixels, input_ids, attention_mask, image_ids = batch
     image_tokens, image_embedding = model.encode_image(pixels)
     text_tokens, text_embedding = model.encode_text(input_ids, attention_mask)
-    # All processes compare all embeddings, and each gets the gradient of the whole.
-    similarity = model.dual_logits(gather(image_embedding), gather(text_embedding))
-    everyone = gather(image_ids)
+    # `gather` joins the processes' parts, with gradient; in a single process it changes nothing.
+    dual_logits = model.dual_logits(gather(image_embedding), gather(text_embedding))
+    all_ids = gather(image_ids)
     # The image decides, not the row: another caption of the same image is a positive too.
-    is_positive = everyone[:, None] == everyone[None, :]
-    losses = {"contrastive": contrastive_loss(similarity, is_positive)}
-    first = similarity.argmax(1, keepdim=True)
-    losses["dual_recall"] = is_positive.gather(1, first).float().mean()
+    is_positive = all_ids[:, None] == all_ids[None, :]
+    top1 = dual_logits.argmax(1, keepdim=True)
+    losses = {"contrastive": contrastive_loss(dual_logits, is_positive),
+              "dual_recall": is_positive.gather(1, top1).float().mean()}
     if not cross:
         return losses
 
     # The rest stays within a process, since its image tokens do.
-    mine = slice(world()[0] * len(image_ids), (world()[0] + 1) * len(image_ids))
-    similarity, is_positive = similarity[mine, mine], is_positive[mine, mine]
+    local = slice(world()[0] * len(image_ids), (world()[0] + 1) * len(image_ids))
+    dual_logits, is_positive = dual_logits[local, local], is_positive[local, local]
     # Dual -> cross: the dual logits choose what the cross encoder has to tell apart.
-    hard_texts = sample_hard_negatives(similarity, is_positive, negatives, sampling)
-    hard_images = sample_hard_negatives(similarity.T, is_positive.T, negatives, sampling)
-    m = hard_texts.shape[1]
+    hard_texts = sample_hard_negatives(dual_logits, is_positive, negatives, sampling)
+    hard_images = sample_hard_negatives(dual_logits.T, is_positive.T, negatives, sampling)
+    m = hard_texts.shape[1]  # and of hard_images, since is_positive is symmetric
     own = torch.arange(len(image_ids), device=image_ids.device)
     # First the B true pairs, scored once for both directions, then m hard texts of each image, then
     # m hard images of each text.
     pairs = (torch.cat([own, own.repeat_interleave(m), hard_images.flatten()]),
              torch.cat([own, hard_texts.flatten(), own.repeat_interleave(m)]))
-    logits = model.match(image_tokens, text_tokens, attention_mask, *pairs)
-    losses["matching"] = matching_loss(logits, is_positive[pairs])
+    match_logits = model.match(image_tokens, text_tokens, attention_mask, *pairs)
+    losses["matching"] = matching_loss(match_logits, is_positive[pairs])
 
-    # Cross -> dual: both encoders' logits (2B,1+m) of the same candidates, true partner first.
-    def candidates(pair_logits):
-        true, negative = pair_logits[:len(own)], pair_logits[len(own):]
-        return torch.cat([true.repeat(2)[:, None], negative.view(2 * len(own), m)], dim=1)
-
+    # Cross -> dual: both encoders' logits (2B,1+m) of the same candidates, the true pair first.
+    negative = torch.arange(len(own), len(match_logits), device=own.device)  # where `pairs` has it
+    candidates = torch.cat([own.repeat(2)[:, None], negative.view(2 * len(own), m)], dim=1)
     # Only the contrastive loss teaches the temperature, whose gradient is taken out here: to reach
     # the teacher's wider logits it would sink, draw harder negatives, and so widen them further.
-    fixed = similarity * (model.temperature / model.temperature.detach())
-    student, teacher = candidates(fixed[pairs]), candidates(logits)
+    fixed = dual_logits * (model.temperature / model.temperature.detach())
+    student, teacher = fixed[pairs][candidates], match_logits[candidates]
     losses["cross_recall"] = (teacher[:, :1] > teacher[:, 1:]).all(1).float().mean()
     if objective != "none":
-        losses["distillation"] = distillation_loss(student, teacher, objective,
-                                                   distill_temperature)
+        losses["distillation"] = distillation_loss(student, teacher, objective, distill_temperature)
     return losses
 
 
 def make_optimizer(model, args, total_steps):
-    """AdamW, no decay of biases and norms, cosine to lr / 10 (ALBEF), linear warm-up (ours).
+    """AdamW, decay 0.02 but for biases and norms, cosine to lr / 10 (ALBEF), linear warm-up (ours).
     Parts that no backbone brings learn at --fresh-lr."""
     groups = {}
     for name, parameter in model.named_parameters():
@@ -742,7 +739,8 @@ def training_step(model, batch, optimizer, scheduler, args, progress):
     the weighted sum as "loss", of the last of --accumulate parts of the batch."""
     # On random negatives a fresh cross-attention gets going early, on hard ones much later.
     sampling = args.sampling if progress >= args.hard_warmup else "random"
-    # An untrained teacher would teach noise, so distillation waits for it.
+    # An untrained teacher teaches noise: begun at once, distillation gains the dual encoder no more
+    # and costs the cross encoder some recall (README, Results).
     loss_weights = {"contrastive": args.contrastive_weight, "matching": args.matching_weight,
                     "distillation": args.distill_weight * (progress >= args.distill_warmup)}
     optimizer.zero_grad()
@@ -754,7 +752,7 @@ def training_step(model, batch, optimizer, scheduler, args, progress):
         losses["loss"] = sum(weight * losses[name] for name, weight in loss_weights.items()
                              if name in losses)
         (losses["loss"] / args.accumulate).backward()
-    # At the high learning rates that a fresh cross-attention needs it can collapse without this.
+    # Ours: at the high rates that a fresh cross-attention needs, training can collapse unclipped.
     if not nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).isfinite():
         raise InputError(f"loss {losses['loss'].item()} or its gradient is not finite; the "
                          "weights before it are kept: try lower learning rates and --init "
@@ -772,7 +770,8 @@ def train_epoch(model, bar, optimizer, scheduler, state, args, total_steps):
     previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     try:
         for batch in bar:
-            # Dropout and negatives follow from seed and step too, as a resumed run needs it.
+            # Dropout and negatives follow from seed and step too, as a resumed run needs it; the 1
+            # tells their seed from that of the batch's augmentation.
             torch.manual_seed(hash((args.seed, world()[0], state["step"], 1)))
             losses = training_step(model, batch, optimizer, scheduler, args,
                                    progress=state["step"] / total_steps)
@@ -793,9 +792,8 @@ def train_epoch(model, bar, optimizer, scheduler, state, args, total_steps):
 
 def frozen_tokens(model, images, args, epoch):
     """Tokens (I,N,D) of a frozen image encoder, augmented anew in each epoch, by its number."""
-    device = model.log_temperature.device.type
     with (torch.random.fork_rng(devices=[]),
-          torch.autocast(device, torch.bfloat16, enabled=args.bf16)):
+          torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16)):
         torch.manual_seed(hash((args.seed, epoch)))
         return encode_images(model, images, args.workers)[0]
 
@@ -882,7 +880,8 @@ def save(path, content):
 def load_checkpoint(path, model=None, content=None):
     """-> what save_checkpoint wrote, on the CPU, and the model filled with it, or with an ALBEF
     .pth. Only tensors and plain values are unpickled. InputError when the file is missing, neither
-    of the two, or does not fit. ALBEF's public file is fetched when it is not there."""
+    of the two, or does not fit. ALBEF's public file is fetched when it is not there. content: what
+    an earlier call returned, so that nothing is read twice."""
     if Path(path).name == "ALBEF_4M.pth":
         fetch("https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth",
               Path(path).parent, "weights under the BSD 3-clause licence")
@@ -925,7 +924,7 @@ def recall_at_k(scores, image_of_text, ks=(1, 5, 10)):
     right = image_of_text[None, :] == torch.arange(len(scores), device=scores.device)[:, None]
 
     def ranks(scores, right):
-        best = scores.masked_fill(~right, -math.inf).amax(1, keepdim=True)
+        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         return (~(scores < best) & ~right).sum(1)[right.any(1)]
 
     result = {f"{name}@{k}": 100 * (rank < k).float().mean().item()
@@ -973,7 +972,8 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L), dual_scores (I,T); the top k
     texts of each image and the top k images of each text are taken (all, if k is larger). Of
     several processes each scores the images it holds, image_tokens[0] being image `first`.
-    pairs_per_pass bounds what is on the device at a time.
+    pairs_per_pass bounds what is on the device at a time. Re-ranking a shortlist is ALBEF's, the
+    union, scored once, and dual_weight are ours.
     -> scores (I,T) in double precision on the CPU: match logits plus dual_weight * dual logits on
     the shortlists, everything else below them in dual order.
     """
@@ -997,8 +997,8 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
 
 
 def shortlist_length(args, candidates):
-    """--rerank, at most the number of candidates."""
-    return len(candidates) if args.rerank == "all" else min(int(args.rerank), len(candidates))
+    """--rerank, at most `candidates`, their number."""
+    return candidates if args.rerank == "all" else min(int(args.rerank), candidates)
 
 
 def evaluate(model, tokenizer, records, args):
@@ -1011,7 +1011,7 @@ def evaluate(model, tokenizer, records, args):
     """
     captions = [text for record in records for text in record.captions]
     image_of_text = torch.tensor([i for i, r in enumerate(records) for _ in r.captions])
-    k = shortlist_length(args, max(records, captions, key=len))
+    k = shortlist_length(args, max(len(records), len(captions)))
     rank, size = world()
     first, last = (len(records) * r // size for r in (rank, rank + 1))
     images = Images(records[first:last], image_transform(args.image_size, model.pixel_statistics))
@@ -1085,13 +1085,12 @@ def gallery_vectors(model, images, args):
     store, names = Path(f"{args.checkpoint}.gallery"), [r.image for r in images.records]
     stamps = [args.image_size, *([path, os.stat(path).st_size, os.stat(path).st_mtime_ns]
                                  for path in (args.checkpoint, *names))]
-    if store.exists():
-        gallery = torch.load(store, weights_only=True)
-        if gallery["stamps"] == stamps:
-            return gallery["vectors"]
-    vectors = encode_images(model, images, args.workers, keep_tokens=False)[1]
-    save(store, dict(stamps=stamps, names=names, vectors=vectors.cpu()))
-    return vectors
+    gallery = torch.load(store, weights_only=True) if store.exists() else {}
+    if gallery.get("stamps") != stamps:
+        vectors = encode_images(model, images, args.workers, keep_tokens=False)[1]
+        gallery = dict(stamps=stamps, names=names, vectors=vectors.cpu())
+        save(store, gallery)
+    return gallery["vectors"]
 
 
 @torch.no_grad()
@@ -1105,14 +1104,14 @@ def search(model, tokenizer, records, query, args):
     transform = image_transform(args.image_size, model.pixel_statistics)
     vectors = gallery_vectors(model, Images(records, transform), args).to(args.device)
     photo = os.path.isfile(query)
-    if query.lower().endswith(PHOTOS) and not photo:
+    if is_image_file(query) and not photo:
         raise InputError(f"there is no photo {query}")
     if photo:
         tokens, vector = encode_images(model, Images([Record(query, [], "")], transform))
     else:
         vector = encode_texts(model, tokenizer, [query])[2]
     dual, top = model.dual_logits(vectors, vector).squeeze(1).cpu().topk(
-        shortlist_length(args, records))
+        shortlist_length(args, len(records)))
     shortlist = [records[i] for i in top.tolist()]
     if not photo:
         tokens = encode_images(model, Images(shortlist, transform), args.workers)[0]
@@ -1159,7 +1158,8 @@ def join_world(device):
 
 class Gather(torch.autograd.Function):
     """x (B,..) of this process -> (world * B,..) of all, in order of rank. Every process uses the
-    whole in its loss, so the gradient of x is the sum of what all of them send back."""
+    whole in its loss, so the gradient of x is the sum of what all of them send back; the mean that
+    DistributedDataParallel takes afterwards undoes the sum."""
 
     @staticmethod
     def forward(ctx, x):
@@ -1253,8 +1253,7 @@ def training_options(add):
     add("--grad-checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="of both encoders: less memory, slower")
     add("--lr", type=float, default=1e-5, help="peak learning rate of both backbones")
-    add("--fresh-lr", type=float, default=1e-4,
-        help="of cross-attention, projections, match head, temperature")
+    add("--fresh-lr", type=float, default=1e-4, help="of parts that no backbone brings")
     add("--warmup-steps", type=int, default=100, help="of the learning rate")
     add("--seed", type=int, default=0, help="of weights, batches, negatives and augmentation")
     add("--log-every", type=int, default=10, help="steps")
@@ -1271,7 +1270,7 @@ def check_arguments(args, stored):
             raise InputError(f"--resume goes on with --{option.replace('_', '-')} {stored[option]}")
     if args.rerank != "all" and not (args.rerank.isdigit() and int(args.rerank) > 0):
         raise InputError(f"--rerank {args.rerank}: give a number from 1 on, or all")
-    for option in ("epochs", "warmup_steps", "log_every", "accumulate"):
+    for option in ("epochs", "warmup_steps", "log_every", "accumulate", "batch_size", "negatives"):
         if getattr(args, option) < 1:
             raise InputError(f"--{option.replace('_', '-')}: give a number from 1 on")
     parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
@@ -1279,11 +1278,12 @@ def check_arguments(args, stored):
         raise InputError(f"--batch-size {args.batch_size}: give a multiple of {parts}, which is "
                          "--accumulate times the number of processes")
     most = args.batch_size // parts - 1
-    if args.train and not most:
-        raise InputError(f"--batch-size {args.batch_size}: one caption at a time has no negatives")
-    if args.train and not 1 <= args.negatives <= most:
-        raise InputError(f"--negatives {args.negatives}: {most + 1} captions at a time give 1 to "
-                         f"{most} for each query")
+    if args.train and args.negatives > most:
+        raise InputError(f"--negatives {args.negatives}: --batch-size {args.batch_size} in {parts} "
+                         f"part(s) leaves {most or 'no'} negatives for each query")
+    if args.train and args.distill == "rank" and args.negatives == 1:
+        raise InputError("--distill rank teaches the order of negatives: give --negatives 2 or "
+                         "more")
 
 
 def parse_arguments(argv):
@@ -1298,15 +1298,15 @@ def parse_arguments(argv):
         image_model=f"{args.root}/toy/image-model", text_model=f"{args.root}/toy/text-model",
         text_layers=2, image_size=48, from_scratch=True, batch_size=64, lr=1e-3, fresh_lr=1e-3,
         augment=False,  # a flipped scene has its left on the right
-        hard_warmup=0.0, workers=0, bf16=False)}
+        hard_warmup=0.0,  # on scenes this small hard negatives work from the start
+        workers=0, bf16=False)}
     presets["coco"] = presets["flickr30k"] | dict(epochs=5)
     preset = presets.get(name, {})
     init = args.init or preset.get("init", "none")
-    if init != "none":  # nothing is fresh
+    if init != "none":  # all parts are trained, so that neither warm-up is needed
         preset |= dict(hard_warmup=0.0, distill_warmup=0.0)
     if init == "albef" or init.endswith(".pth"):
-        preset["fresh_lr"] = 1e-5
-    parser.set_defaults(data=["toy"], **preset)
+        preset["fresh_lr"] = 1e-5  # ALBEF's one rate for all parts
     output = args.output or str(Path(args.checkpoint).parent if args.checkpoint else
                                 Path("runs", Path(name).stem))
     checkpoint = f"{output}/last.pt" if args.resume else args.checkpoint or f"{output}/best.pt"
@@ -1316,15 +1316,22 @@ def parse_arguments(argv):
         for option in ("train", "evaluate", "resume", "search", "device",
                        *(["images"] if args.data else [])):
             stored.pop(option, None)
-        stored["bf16"] = stored.get("bf16") and (args.resume or None)  # to evaluate: by its device
-        parser.set_defaults(**stored)
-    without_captions = args.search and args.images and not args.data
+        # To evaluate what bf16 has trained: in bf16 only where the device can.
+        stored["bf16"] = stored.get("bf16") and (args.resume or None)
+    if args.search and args.images and not args.data:  # a folder without captions
+        stored["data"] = []
+    parser.set_defaults(**{"data": ["toy"], **preset, **stored})
     args = parser.parse_args(argv)
     args.output, args.checkpoint = output, checkpoint
-    args.data = [] if without_captions else args.data
     args.init = {"albef": f"{args.root}/ALBEF_4M.pth", "none": None}.get(args.init, args.init)
     args.train = args.train or args.resume
     check_arguments(args, stored)
+    choose_device(args)
+    return args
+
+
+def choose_device(args):
+    """Fill in --device and --bf16. InputError for a device that is not there."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     args.device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
     try:
@@ -1335,7 +1342,6 @@ def parse_arguments(argv):
         args.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False)
                      if args.device.startswith("cuda") else args.device == "cpu" and
                      getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # bool() is False
-    return args
 
 
 def main(argv=None):
@@ -1363,14 +1369,11 @@ def main(argv=None):
             args.checkpoint = f"{args.output}/best.pt"
             load_checkpoint(args.checkpoint, model)
         report(*evaluate(model, tokenizer, splits["test"], args), splits["test"], args)
-    except torch.OutOfMemoryError as error:
-        print(f"loopitr: {str(error).splitlines()[0]} Try --grad-checkpointing, --accumulate or a "
-              "smaller --batch-size", file=sys.stderr)
-        return 2
-    except InputError as error:
+    except (InputError, torch.OutOfMemoryError) as error:
         # A loader process sends its traceback along; the message is in the last line.
         message = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
-        print(f"loopitr: {message}", file=sys.stderr)
+        hint = " Try --grad-checkpointing, --accumulate or a smaller --batch-size"
+        print(f"loopitr: {message}{'' if isinstance(error, InputError) else hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"loopitr: interrupted {interrupt}".strip(), file=sys.stderr)

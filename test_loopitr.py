@@ -839,7 +839,7 @@ def test_errors_of_the_command_line(root, tmp_path, capsys, trained):
     fails(capsys, [], "--train or --evaluate")
     fails(capsys, [*train, "--rerank", "0"], "--rerank 0")
     fails(capsys, [*train, "--rerank", "some"], "--rerank some")
-    for option in ("--epochs", "--warmup-steps", "--log-every"):
+    for option in ("--epochs", "--warmup-steps", "--log-every", "--batch-size", "--negatives"):
         fails(capsys, [*train, option, "0"], f"{option}: give a number from 1 on")
     fails(capsys, ["--resume", "--output", trained[0], "--batch-size", "8"], "--batch-size 16")
     fails(capsys, [*train, "--negatives", "16"], "--negatives 16", "15")
@@ -860,6 +860,7 @@ def test_what_does_not_fit_together_is_refused(root, tmp_path, capsys, trained, 
     train = ["--train", *command(root, tmp_path)]
     fails(capsys, [*train, "--accumulate", "3"], "--batch-size 16", "multiple of 3")
     fails(capsys, [*train, "--batch-size", "1"], "--batch-size 1", "no negatives")
+    fails(capsys, [*train, "--distill", "rank", "--negatives", "1"], "rank", "--negatives 2")
     fails(capsys, [*train, "--checkpoint", trained[0] / "best.pt"], "--checkpoint", "--init")
     fails(capsys, [*train, "--device", "nowhere"], "--device nowhere")
     for option, value in (("--lr", "0.5"), ("--fresh-lr", "0.5")):
@@ -1027,7 +1028,12 @@ def test_a_truncated_zip_or_one_of_wrong_content_is_never_used(server, tmp_path)
     damaged[60] ^= 255  # within the first image
     with zipfile.ZipFile(server.folder / "other.zip", "w") as other:
         other.writestr("readme.txt", "moved")
-    for content in (whole[:-100], bytes(damaged), (server.folder / "other.zip").read_bytes()):
+    with zipfile.ZipFile(server.folder / "packed.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("flickr30k-images/1.jpg", "photo")
+    packed = bytearray((server.folder / "packed.zip").read_bytes())
+    packed[30 + len("flickr30k-images/1.jpg")] = 255  # no deflate block starts so
+    for content in (whole[:-100], bytes(damaged), bytes(packed),
+                    (server.folder / "other.zip").read_bytes()):
         archive.write_bytes(content)
         with pytest.raises(loopitr.InputError, match="flickr30k-images.zip failed"):
             load_flickr30k(tmp_path)
