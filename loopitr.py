@@ -666,13 +666,13 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 
 def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
                 distill_temperature=1.0, cross=True):
-    """One turn of the loop -> dict of scalars: contrastive, matching and distillation losses;
-    dual_recall, how often a right text is first among the batch's; cross_recall, how often the true
-    partner is first of its 1 + m candidates. `cross=False` stops after the dual encoder.
+    """One turn of the loop -> dict of scalars: contrastive, matching and distillation losses, and
+    how often comes first: a right text in the batch (dual_recall), the true pair of its 1 + m
+    candidates by dual logits (student_recall) and by match logits (cross_recall).
     batch: this process's pixels (B,3,H,W), or tokens (B,N,D) of a frozen image encoder, input_ids
-    (B,L), attention_mask (B,L), image_ids (B,). negatives: m. sampling: as in
-    `sample_hard_negatives`; objective, distill_temperature: as in `distillation_loss`, or "none".
-    """
+    (B,L), attention_mask (B,L), image_ids (B,). negatives: m. sampling as `sample_hard_negatives`,
+    objective (or "none") and distill_temperature as `distillation_loss` takes them. cross: False
+    stops after the dual encoder."""
     pixels, input_ids, attention_mask, image_ids = batch
     image_tokens, image_embedding = model.encode_image(pixels)
     text_tokens, text_embedding = model.encode_text(input_ids, attention_mask)
@@ -695,8 +695,7 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     hard_images = sample_hard_negatives(dual_logits.T, is_positive.T, negatives, sampling)
     m = hard_texts.shape[1]  # and of hard_images, since is_positive is symmetric
     own = torch.arange(len(image_ids), device=image_ids.device)
-    # First the B true pairs, scored once for both directions, then m hard texts of each image, then
-    # m hard images of each text.
+    # B true pairs, scored once for both directions; m hard texts an image; m hard images a text.
     pairs = (torch.cat([own, own.repeat_interleave(m), hard_images.flatten()]),
              torch.cat([own, hard_texts.flatten(), own.repeat_interleave(m)]))
     match_logits = model.match(image_tokens, text_tokens, attention_mask, *pairs)
@@ -709,7 +708,8 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     # the teacher's wider logits it would sink, draw harder negatives, and so widen them further.
     fixed = dual_logits * (model.temperature / model.temperature.detach())
     student, teacher = fixed[pairs][candidates], match_logits[candidates]
-    losses["cross_recall"] = (teacher[:, :1] > teacher[:, 1:]).all(1).float().mean()
+    for name, logits in (("student_recall", student), ("cross_recall", teacher)):
+        losses[name] = (logits[:, :1] > logits[:, 1:]).all(1).float().mean()
     if objective != "none":
         losses["distillation"] = distillation_loss(student, teacher, objective, distill_temperature)
     return losses

@@ -413,6 +413,7 @@ def test_one_turn_of_the_loop_equals_the_slow_way():
         "contrastive": contrastive_loss(dual, image_ids[:, None] == image_ids),
         "matching": matching_loss(torch.cat(logits), torch.tensor(labels)),
         "distillation": distillation_loss(student, teacher, "kl", 2.0),
+        "student_recall": (student.argmax(1) == 0).float().mean(),
         "cross_recall": (teacher.argmax(1) == 0).float().mean(),
         "dual_recall": (image_ids[dual.argmax(1)] == image_ids).float().mean()}
     assert set(losses) == set(expected)
@@ -644,7 +645,8 @@ def test_training_writes_checkpoints_log_picture_and_table(trained):
     steps = log_of(output)
     assert [line["step"] for line in steps] == list(range(1, 11))
     assert set(steps[0]) >= {"contrastive", "matching", "distillation", "dual_recall",
-                             "cross_recall", "temperature", "lr", "pairs_per_second"}
+                             "student_recall", "cross_recall", "temperature", "lr",
+                             "pairs_per_second"}
     splits = [line["split"] for line in log_of(output, "split")]
     assert splits == ["val", "val", "test"]  # the test split is touched once, at the end
     table = stdout.splitlines()
