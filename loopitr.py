@@ -665,7 +665,7 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 
 
 def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
-                distill_temperature=1.0, cross=True):
+                distill_temperature=0.5, cross=True):
     """One turn of the loop -> dict of scalars: contrastive, matching and distillation losses, and
     how often comes first: a right text in the batch (dual_recall), the true pair of its 1 + m
     candidates by dual logits (student_recall) and by match logits (cross_recall).
@@ -1241,8 +1241,9 @@ def training_options(add):
     add("--hard-warmup", type=float, default=0.3, help="part of training with random ones first")
     add("--distill", choices=("none", "kl", "mse", "margin", "rank", "label"), default="mse",
         help="objective; label is a control without a teacher")
-    add("--distill-weight", type=float, default=0.1, help="in the total loss; for kl, label: 1")
-    add("--distill-temperature", type=float, default=1.0, help="divides the teacher's logits")
+    add("--distill-weight", type=float, default=0.05, help="in the total loss; for kl, label: 1")
+    add("--distill-temperature", type=float, default=0.5,
+        help="divides the teacher's logits; for kl: 1")
     add("--distill-warmup", type=float, default=0.4, help="part of training before it sets in")
     add("--contrastive-weight", type=float, default=1.0, help="in the total loss")
     add("--matching-weight", type=float, default=1.0, help="0 trains the dual encoder alone")
