@@ -638,8 +638,8 @@ def distillation_loss(student, teacher, objective="kl", temperature=1.0):
 
     student, teacher (Q,1+m): logits, column 0 the positive -> scalar, mean over queries. The
     teacher's are divided by `temperature` and detached: the student must not teach its teacher.
-    objective: kl, mse (what training takes: README, Results), margin, rank (0 with one negative),
-    label; ValueError for others. All ours: the paper's formula is not known to us.
+    objective: kl, mse (what training takes, at temperature 0.5: README, Results), margin, rank (0
+    with one negative), label; ValueError for others. Ours: the paper's formula is not known to us.
     """
     teacher = teacher.detach() / temperature
     if student.shape[1] == 1:  # no negatives, nothing to compare
