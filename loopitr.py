@@ -1254,7 +1254,8 @@ def training_options(add):
     add("--grad-checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="of both encoders: less memory, slower")
     add("--lr", type=float, default=1e-5, help="peak learning rate of both backbones")
-    add("--fresh-lr", type=float, default=1e-4, help="of parts that no backbone brings")
+    add("--fresh-lr", type=float, default=1e-4,
+        help="of cross-attention, projections, match head, temperature")
     add("--warmup-steps", type=int, default=100, help="of the learning rate")
     add("--seed", type=int, default=0, help="of weights, batches, negatives and augmentation")
     add("--log-every", type=int, default=10, help="steps")
