@@ -129,10 +129,15 @@ def load_images(paths, transform):
 
 
 def tokenize(tokenizer, captions):
-    """-> input_ids (T,L), attention_mask (T,L), with L at most 30 as in ALBEF."""
-    text = tokenizer(list(captions), padding=True, truncation=True, max_length=30,
+    """Captions, cleaned as ALBEF's are -> input_ids (T,L), attention_mask (T,L), L at most 30."""
+    cleaned = []
+    for caption in captions:
+        caption = re.sub("[,.'!?\"()*#:;~]", "", caption.lower())
+        cleaned.append(re.sub(r"[-/\s]+", " ", caption).replace("<person>", "person").strip())
+    text = tokenizer(cleaned, padding=True, padding_side="right", truncation=True, max_length=31,
                      return_tensors="pt")
-    return text["input_ids"], text["attention_mask"]
+    # ALBEF knows no [SEP], which is the last token of each text, so nothing attends to it here.
+    return text["input_ids"][:, :-1], text["attention_mask"][:, 1:]
 
 
 def make_batch(pairs, transform, tokenizer):
@@ -535,18 +540,20 @@ def validate(model, tokenizer, records, state, args):
 
 # --------------------------------------------------------------------------------------- Evaluation
 
-def recall_at_k(scores, image_of_text, ks=(1, 5, 10)):
+def recall_at_k(image_to_text, image_of_text, ks=(1, 5, 10), text_to_image=None):
     """Recall in percent: TR@k, image to text, a hit if any caption of the image is among the top
     k; IR@k, text to image; rsum, the sum of all.
 
-    scores (I,T); image_of_text (T,), the image that each text belongs to -> dict. A wrong candidate
-    that ties with the best right one, or is not a number, counts as ahead of it, so that a constant
-    scorer gets 0. Images without captions ask no question.
+    image_to_text (I,T): scores; text_to_image (I,T), if the other direction has its own;
+    image_of_text (T,): the image that each text belongs to -> dict. A wrong candidate that ties
+    with the best right one, or is not a number, counts as ahead of it, so that a constant scorer
+    gets 0. Images without captions ask no question.
     """
-    images = torch.arange(len(scores), device=scores.device)
-    right = image_of_text.to(scores.device) == images[:, None]
+    text_to_image = image_to_text if text_to_image is None else text_to_image
+    images = torch.arange(len(image_to_text), device=image_to_text.device)
+    right = image_of_text.to(images.device) == images[:, None]
     result = {}
-    for name, scores, right in (("TR", scores, right), ("IR", scores.T, right.T)):
+    for name, scores, right in (("TR", image_to_text, right), ("IR", text_to_image.T, right.T)):
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         ahead = (~(scores < best) & ~right).sum(1)  # "not less" counts ties and NaN, too
         ahead = ahead[right.any(1)]
@@ -591,18 +598,20 @@ def encode_texts(model, tokenizer, captions):
 @torch.no_grad()
 def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dual_weight=0.0,
            pairs_per_pass=2048):
-    """Score by the cross encoder the top k texts of each image and the top k images of each text.
+    """Let the cross encoder order the k best candidates of each query by dual scores.
 
-    image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L), dual_scores (I,T) -> scores
-    (I,T) on the CPU: match logit + dual_weight * dual score for these, each pair computed once, all
-    others below them in dual order. dual_weight is ours: trained on negatives drawn by dual scores,
-    the cross encoder does not learn what these know. pairs_per_pass bounds the device's memory.
+    image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L), dual_scores (I,T) ->
+    image_to_text, text_to_image (I,T), on the CPU: match logit + dual_weight * dual score for the
+    k best texts of each image, or the k best images of each text; all others below, in dual order.
+    dual_weight is ours: trained on negatives drawn by dual scores, the cross encoder does not learn
+    what these know already. pairs_per_pass bounds the memory that is used on the device.
     """
     model.eval()
-    shortlisted = torch.zeros_like(dual_scores, dtype=torch.bool)
-    for dim in (0, 1):
-        best = dual_scores.topk(min(k, dual_scores.shape[dim]), dim=dim).indices
-        shortlisted.scatter_(dim, best, True)
+    # The k-th best and all that tie with it: leaving some out would break ties, which is a gain
+    # that no encoder has earned.
+    best_texts = dual_scores >= dual_scores.topk(min(k, dual_scores.shape[1]), 1).values[:, -1:]
+    best_images = dual_scores >= dual_scores.topk(min(k, dual_scores.shape[0]), 0).values[-1:]
+    shortlisted = best_texts | best_images  # a pair that is in both is computed once
     match_logits = torch.zeros_like(dual_scores, dtype=torch.float32)
     # Captions have about 15 tokens; padded to 30 they would take twice the time. So texts of like
     # length go together, trimmed to the longest of them.
@@ -620,9 +629,10 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
             bar.update(len(part))
     bar.close()
     scores = (match_logits + dual_weight * dual_scores).cpu().double()
-    shortlisted, dual_scores = shortlisted.cpu(), dual_scores.cpu().double()
-    below = dual_scores - dual_scores.max() + scores[shortlisted].min() - 1
-    return torch.where(shortlisted, scores, below)
+    dual_scores, lowest = dual_scores.cpu().double(), scores[shortlisted.cpu()].min()
+    below = dual_scores - dual_scores.max() + lowest - 1
+    return (torch.where(best_texts.cpu(), scores, below),
+            torch.where(best_images.cpu(), scores, below))
 
 
 @torch.no_grad()
@@ -630,7 +640,8 @@ def evaluate(model, tokenizer, records, args):
     """Recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top --rerank.
 
     -> {"images", "texts", "k", "dual": {.., "seconds"}, "cross": {.., "seconds"}}, dual logits
-    (I,T), re-ranked scores (I,T). The cross encoder's seconds include the dual encoder's.
+    (I,T), re-ranked scores of images for each text (I,T). The cross encoder's seconds include the
+    dual encoder's.
     """
     captions, image_of_text = [], []
     for number, record in enumerate(records):
@@ -644,18 +655,19 @@ def evaluate(model, tokenizer, records, args):
     dual_logits = images @ texts.T / model.temperature
     dual = recall_at_k(dual_logits, image_of_text)
     dual["seconds"] = time.perf_counter() - start
-    scores = rerank(model, image_tokens, text_tokens, mask, dual_logits, k, args.dual_weight)
-    cross = recall_at_k(scores, image_of_text)
+    image_to_text, text_to_image = rerank(model, image_tokens, text_tokens, mask, dual_logits, k,
+                                          args.dual_weight)
+    cross = recall_at_k(image_to_text, image_of_text, text_to_image=text_to_image)
     cross["seconds"] = time.perf_counter() - start
     result = {"images": len(paths), "texts": len(captions), "k": k, "dual": dual, "cross": cross}
-    return result, dual_logits.cpu(), scores
+    return result, dual_logits.cpu(), text_to_image
 
 
 def report(model, tokenizer, records, args):
     """Evaluate on the test split and print the result; with --output, log and draw it, too."""
     result, dual_logits, scores = evaluate(model, tokenizer, records, args)
-    print(f"{result['images']} images, {result['texts']} texts; the cross encoder re-ranks the "
-          f"dual encoder's top {result['k']}")
+    print(f"{result['images']} images, {result['texts']} texts; of each query's candidates, the "
+          f"cross encoder re-ranks the dual encoder's top {result['k']}")
     print(" " * 13 + "".join(f"{name:>8}" for name in result["dual"]))
     for name in ("dual", "cross"):
         print(f"{name + ' encoder':13}" + "".join(f"{v:8.1f}" for v in result[name].values()))
@@ -987,7 +999,7 @@ def search(model, tokenizer, records, args, folder):
     dual, best = (embeddings @ text[0] / model.temperature).topk(min(args.rerank, len(paths)))
     by_dual = [paths[i] for i in best.tolist()]
     image_tokens = encode_images(model, by_dual, args.image_size, args.workers)[0]
-    match = rerank(model, image_tokens, text_tokens, mask, dual[:, None], len(by_dual))[:, 0]
+    match = rerank(model, image_tokens, text_tokens, mask, dual[:, None], len(by_dual))[1][:, 0]
     order = (match + args.dual_weight * dual.cpu()).argsort(descending=True, stable=True)
     found = [(by_dual[i], dual[i].item(), match[i].item()) for i in order.tolist()]
     print("   match     dual")
