@@ -35,6 +35,7 @@ Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens
 D width, E embedding, Q queries, C candidates, m hard negatives.
 """
 import argparse
+import http.client
 import inspect
 import json
 import math
@@ -44,9 +45,9 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import urllib.request
+import zipfile
 from collections import namedtuple
 from datetime import timedelta
 from functools import partial
@@ -71,7 +72,7 @@ from transformers.trainer_pt_utils import torch_distributed_zero_first
 TOY = dict(
     image_model="data/toy/image-model", text_model="data/toy/text-model", text_layers=2,
     init="scratch",  # `make_toy_dataset` writes configurations of small backbones, no weights
-    image_size=48, batch_size=64, lr=1e-3, new_lr=1e-3, workers=0,
+    image_size=48, epochs=1, batch_size=64, lr=1e-3, new_lr=1e-3, workers=0,
     augment=False,  # a flipped scene has its left on the right
     random_first=0.0,  # on scenes this small, hard negatives work from the start
 )
@@ -214,7 +215,7 @@ class LoopITR(nn.Module):
 
     image_encoder: a transformers vision model, [CLS] first; text_encoder: a BertModel, whose layers
     from `text_layers` on start the cross encoder (ALBEF). bf16: mixed precision, None: where it is
-    not a CPU. InputError when text_layers leaves no layer to one of them.
+    not a CPU. InputError when text_layers leaves one of them no layer, or a model does not fit.
     """
 
     def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, bf16=None):
@@ -223,6 +224,9 @@ class LoopITR(nn.Module):
         layers = text_encoder.encoder.layer
         if not 0 < text_layers < len(layers):
             raise InputError(f"--text-layers {text_layers}: give 1 to {len(layers) - 1}")
+        has_cls = any(name.endswith("cls_token") for name, _ in image_encoder.named_parameters())
+        if not has_cls or hasattr(image_encoder.config, "mask_ratio"):  # ViTMAE hides most patches
+            raise InputError(f"{type(image_encoder).__name__} has no [CLS] that sees all the image")
         text_encoder.encoder.layer = layers[:text_layers]
         image_encoder.pooler = text_encoder.pooler = None  # [CLS] is projected as it is
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
@@ -231,8 +235,10 @@ class LoopITR(nn.Module):
         self.cross_encoder = nn.ModuleList()
         for layer in layers[text_layers:]:
             self.cross_encoder.append(CrossLayer(bert, image_width))
-            # Not strict: no plain BERT has cross-attention, which starts with random weights.
-            self.cross_encoder[-1].load_state_dict(layer.state_dict(), strict=False)
+            # No plain BERT has cross-attention, which starts with random weights; nothing else may.
+            report = self.cross_encoder[-1].load_state_dict(layer.state_dict(), strict=False)
+            if report.unexpected_keys or any("cross" not in key for key in report.missing_keys):
+                raise InputError(f"the layers of {type(text_encoder).__name__} are not like BERT's")
         self.match_head = nn.Linear(bert.hidden_size, 1)
         # ALBEF's 0.07, learned as a logarithm, so that it stays positive without clamping.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
@@ -460,8 +466,11 @@ def train(model, tokenizer, splits, args, saved=None):
     optimizer = make_optimizer(model, args.lr, args.new_lr)
     state = {"trained": 0, "validated": 0, "best": -1.0}  # epochs, epochs, rsum on val
     if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        state = saved["state"]
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+            state = {name: saved["state"][name] for name in state}
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{saved['path']} is damaged: {error!r}") from None
     if rank == 0:
         start_run(model, tokenizer, splits, args, saved)
     model.image_encoder.requires_grad_(not args.freeze_image)
@@ -512,7 +521,8 @@ def train_epoch(model, loader, optimizer, epoch, args):
         # At the high rates that new layers need, training can collapse unclipped.
         if not nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).isfinite():
             raise InputError(f"the gradient of loss {loss.item()}, step {step + 1}, is not finite: "
-                             "try lower learning rates, with another --output")
+                             "try lower learning rates, with another --output; the weights after "
+                             f"the last good epoch, if there was one, are in {args.output}/last.pt")
         optimizer.step()
         if step % 10 == 9 and world()[0] == 0:
             line = {name: round(value.item(), 5) for name, value in losses.items()}
@@ -682,6 +692,7 @@ def report(model, tokenizer, records, args):
 
 # ---------------------------------------------------------------------------------------- Data sets
 
+SILENCE = 60  # seconds without a byte after which a download has failed
 ALBEF = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth"
 CAPTIONS = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 PHOTOS = {
@@ -700,87 +711,127 @@ def load_captions(path, images=None):
     images: the folder that image paths start from; that of the file, if not given. InputError for
     other contents, and for an image with a blank caption or none.
     """
-    rows = []  # (image, split, captions)
     splits = {"train": {}, "val": {}, "test": {}}  # split -> image -> captions
+    # The split that a file of ALBEF's rows is named after, but not the "val" in "retrieval".
+    named = set(re.findall("(?<![a-z])(?:train|val|test)", Path(path).stem))
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            for entry in content["images"]:
-                image = Path(entry.get("filepath", ""), entry["filename"])
-                rows.append((image, entry["split"], [s["raw"] for s in entry["sentences"]]))
-        else:
-            # Exactly one of the three; the lookbehind skips the "val" in "retrieval".
-            split, = set(re.findall("(?<![a-z])(?:train|val|test)", Path(path).stem))
-            for row in content:
-                texts = row["caption"]
-                rows.append((row["image"], split, [texts] if isinstance(texts, str) else texts))
-        for image, split, texts in rows:
-            image = str(Path(images or Path(path).parent, image))
-            texts = [text.strip() for text in texts]
-            if not texts or not all(texts):
-                raise InputError(f"{path}: {image} has a blank caption or none")
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        for row in content["images"] if isinstance(content, dict) else content:
+            if isinstance(content, dict):
+                image, split = Path(row.get("filepath", ""), row["filename"]), row["split"]
+                captions = [sentence["raw"].strip() for sentence in row["sentences"]]
+            else:
+                image, (split,), captions = row["image"], named, row["caption"]
+                captions = [captions] if isinstance(captions, str) else captions
+                captions = [caption.strip() for caption in captions]
+            if not captions or not all(captions):
+                raise ValueError(f"{image} has a blank caption or none")
+            " ".join([str(image), *captions]).encode()  # half a surrogate pair is no text
             split = split.replace("restval", "train")  # COCO: the rest of its val, for training
-            splits[split].setdefault(image, []).extend(texts)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+            image = str(Path(images or Path(path).parent, image))
+            splits[split].setdefault(image, []).extend(captions)
+        if not any(splits.values()):
+            raise ValueError("it names no images")
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is in neither Karpathy's nor ALBEF's format: {error!r}") from None
     return {split: [Record(*item) for item in found.items()] for split, found in splits.items()}
 
 
 def load_splits(args):
     """--data and --images -> {split: [Record]} for the splits that the command needs. What is not
-    there of flickr30k and coco is fetched. InputError when images are missing."""
+    there of flickr30k and coco is fetched, photos last. InputError for images that are missing, or
+    in two splits."""
     splits = {"train": [], "val": [], "test": []} if args.train else {"test": []}
     name, files, folder = args.data[0], args.data, Path(args.root, args.data[0])
-    if name == "folder":
+    if name == "folder":  # without captions, to search in
         paths = sorted(path for path in Path(args.images).rglob("*") if is_image_file(path.name))
-        splits["test"] = [Record(str(path), []) for path in paths if path.is_file()]
-        files = []
+        splits["test"], files = [Record(str(path), []) for path in paths if path.is_file()], []
     elif name == "toy":
         files = [make_toy_dataset(folder)]
     elif name in PHOTOS:
         prefix = {"flickr30k": "flickr30k", "coco": "coco_karpathy"}[name]
         files = [fetch(f"{CAPTIONS}/{prefix}_{split}.json", folder) for split in splits]
-        for url in PHOTOS[name] if args.images is None else ():
-            fetch(url, folder)
+    split_of = {}
     for file in files:
-        found = load_captions(file, args.images)
-        for split in splits:
-            splits[split] += found[split]
+        for split, records in load_captions(file, args.images).items():
+            for record in records:
+                if split_of.setdefault(record.image, split) != split:
+                    raise InputError(f"{file}: {record.image} is in the {split} split, and in "
+                                     f"{split_of[record.image]}, too")
+            if split in splits:
+                splits[split] += records
+    folders = {Path(image).parent.name for image, split in split_of.items() if split in splits}
+    for url in PHOTOS.get(name, ()):
+        if Path(url).stem in folders and args.images is None:
+            fetch(url, folder)
     for split, records in splits.items():
-        missing = [record.image for record in records if not os.path.exists(record.image)]
+        missing = [record.image for record in records if not os.path.isfile(record.image)]
         if missing or not records:
-            raise InputError(f"{split} split: {len(missing)} of {len(records)} images are missing "
-                             f"{missing[:1]}; --images names the folder that they start from")
+            raise InputError(
+                f"{split} split: {len(missing)} of {len(records)} images are missing {missing[:1]};"
+                " --images names the folder that paths start from; a folder that was unpacked in "
+                "part must be deleted, to be fetched again")
     return splits
 
 
 def fetch(url, folder):
     """Download url into folder, unpack it if it is a zip -> path; nothing to do if that is there.
-    Safe to repeat: nothing has its final name before it is whole."""
-    name = url.rpartition("/")[2]
-    target = Path(folder, name.removesuffix(".zip"))
+    Safe to repeat: nothing has its final name before it is whole. InputError if that fails."""
+    archive = Path(folder, url.rpartition("/")[2])
+    target = Path(folder, archive.name.removesuffix(".zip"))
     if target.exists():
         return target
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    if not archive.exists():
+        download(url, archive)
+    if archive == target:
+        return target
+    aside = Path(f"{archive}.unpacked")
+    shutil.rmtree(aside, ignore_errors=True)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            file = Path(aside, name)
-            with urllib.request.urlopen(url, timeout=60) as answer, open(file, "wb") as out:
-                size = int(answer.headers.get("Content-Length", 0))
-                with tqdm.wrapattr(answer, "read", total=size, desc=url, disable=None) as source:
-                    shutil.copyfileobj(source, out)
-            if size and file.stat().st_size != size:
-                raise OSError(f"the connection broke after {file.stat().st_size} of {size} bytes")
-            if file.suffix == ".zip":
-                shutil.unpack_archive(file, aside)
-            os.replace(Path(aside, target.name), target)
-    except Exception as error:  # a server, a disk and a damaged zip fail in many ways
-        raise InputError(f"{url} failed ({error}): repeat the command, or put it, unpacked if it "
-                         f"is a zip, at {target}") from None
+        with zipfile.ZipFile(archive) as content:
+            content.extractall(aside)
+        if not Path(aside, target.name).is_dir():
+            raise ValueError(f"it has no folder {target.name}")
+    except OSError:  # such as a full disk, which is no reason to fetch it again
+        raise
+    except Exception as error:  # damaged zips fail in many ways
+        archive.unlink()
+        raise InputError(f"{url} was not what it should be, and is deleted: {error}") from None
+    os.replace(aside / target.name, target)
+    shutil.rmtree(aside)
+    archive.unlink()
     return target
 
 
-def make_toy_dataset(folder, train=4000, val=300, test=500, seed=0):
+def download(url, path):
+    """One GET; it goes on where an earlier one broke off, if the server can do that."""
+    part = Path(f"{path}.part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=SILENCE) as answer:
+            have = have if answer.status == 206 else 0
+            size = answer.headers["Content-Length"]  # of what is to come; not all servers say it
+            total = have + int(size) if size else None
+            bar = tqdm(desc=path.name, initial=have, total=total, unit="B", unit_scale=True)
+            with bar, open(part, "ab" if have else "wb") as file:
+                while block := answer.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+        if total not in (None, part.stat().st_size):
+            raise OSError(f"the connection broke after {part.stat().st_size} of {total} bytes")
+        if path.suffix == ".json":
+            json.loads(part.read_bytes())
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, ValueError) or getattr(error, "code", None) == 416:
+            part.unlink()  # it is not what was wanted: the next try starts from nothing
+        raise InputError(f"{url} failed ({error}): repeat the command, or download it by other "
+                         f"means to {path}") from None
+    os.replace(part, path)
+
+
+def make_toy_dataset(folder, train=40000, val=300, test=500, seed=0):
     """Draw scenes, with captions and the configurations of two small backbones -> path of the
     captions in Karpathy's format. When that is there, nothing is drawn."""
     path = Path(folder, "captions.json")
@@ -842,7 +893,8 @@ def draw_scene(rng):
 
 # --------------------------------------------------------------------------------- Starting weights
 
-def build_model(image_model, text_model, text_layers, checkpoint=None, scratch=False, bf16=None):
+def build_model(image_model, text_model, text_layers, image_size, checkpoint=None, scratch=False,
+                bf16=None):
     """-> LoopITR, tokenizer, from two backbones: names or folders, as transformers takes them.
 
     scratch: read only their configurations. checkpoint: content that fills the model; ours bring
@@ -858,18 +910,26 @@ def build_model(image_model, text_model, text_layers, checkpoint=None, scratch=F
         for name in (image_model, text_model):
             if scratch or checkpoint:
                 backbones.append(AutoModel.from_config(AutoConfig.from_pretrained(name)))
-            else:
-                backbones.append(AutoModel.from_pretrained(name))
+                continue
+            backbone, report = AutoModel.from_pretrained(name, output_loading_info=True)
+            missing = [key for key in report["missing_keys"] if "pooler" not in key]
+            if missing:
+                raise InputError(f"{name} has no weights for {', '.join(missing[:3])}")
+            backbones.append(backbone)
         model = LoopITR(*backbones, text_layers, bf16=bf16).float()
         if ours:
             model.load_state_dict(checkpoint["model"])
         elif checkpoint:
             load_albef(model, checkpoint["model"])
-        return model, AutoTokenizer.from_pretrained(text_model)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        model.encode_image(torch.zeros(1, 3, image_size, image_size))  # does it take this size?
+        tokenizer = AutoTokenizer.from_pretrained(text_model)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
         source = f"{checkpoint['path']} into " if checkpoint else ""
-        raise InputError(f"cannot load {source}{image_model} and {text_model}, or they are no ViT "
-                         f"and no BERT: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"cannot load {source}{image_model} and {text_model} for --image-size "
+                         f"{image_size}: {' '.join(str(error).split())[:300]}") from None
+    if tokenizer.tokenize("a") == [tokenizer.unk_token]:
+        raise InputError(f"{text_model} has no vocabulary: every word is {tokenizer.unk_token}")
+    return model, tokenizer
 
 
 def load_checkpoint(path):
@@ -880,11 +940,12 @@ def load_checkpoint(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if "options" not in content and "visual_encoder.pos_embed" not in content["model"]:
-            raise ValueError("it is neither ours nor ALBEF's")
-    except Exception as error:  # foreign and damaged files raise many kinds
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as a checkpoint: {reason}") from None
-    return content | {"path": str(path)}
+            raise ValueError
+        return content | {"path": str(path)}
+    except OSError:
+        raise
+    except Exception:  # damaged and foreign files raise many kinds
+        raise InputError(f"{path} is damaged, or no checkpoint of loopitr.py or ALBEF") from None
 
 
 def load_albef(model, state):
@@ -956,8 +1017,12 @@ def save(args, name, model, **rest):
     """Write a checkpoint, in the first process; under another name first, so never half a file."""
     if world()[0] == 0:
         path = Path(args.output, name)
-        torch.save({"model": model.state_dict(), "options": run_options(args),
-                    "log_size": path.with_name("log.jsonl").stat().st_size, **rest}, f"{path}.part")
+        content = {"model": model.state_dict(), "options": run_options(args),
+                   "log_size": path.with_name("log.jsonl").stat().st_size, **rest}
+        try:
+            torch.save(content, f"{path}.part")
+        except RuntimeError as error:  # torch's own name for a full disk
+            raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
         os.replace(f"{path}.part", path)
 
 
@@ -1056,52 +1121,65 @@ def argument_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog=f"Other defaults: {PRESETS}; and with a checkpoint as --init: {TRAINED_START}")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    positive, whole, share, weight = (number(*limits) for limits in (
+        (int, 1), (int, 0), (float, 0, 1), (float, 0)))
     # what to do
     add("--train", action="store_true", help="train, or go on, and test the best epoch")
     add("--evaluate", action="store_true", help="test --checkpoint")
     add("--search", metavar="WORDS", help="find images in the test split or in the folder --images")
     add("--checkpoint", help="to evaluate or search with; runs/DATA/best.pt if not given")
     add("--output", help="folder to write to; training has runs/DATA if not given, others none")
-    add("--rerank", type=count_or_all, default=16, help="length of shortlists, or all")
-    add("--dual-weight", type=float, default=1.0, help="of dual logits, added to match logits")
+    add("--rerank", type=shortlist, default=16, help="length of shortlists, or all")
+    add("--dual-weight", type=weight, default=1.0, help="of dual logits, added to match logits")
     # data
     add("--data", nargs="+", type=data_name, help="toy (if not given), flickr30k, coco, or files")
     add("--images", type=os.path.abspath, help="folder that image paths start from")
     add("--augment", action=switch, default=True, help="crop, flip and RandAugment")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that load images")
+    add("--workers", type=whole, default=min(8, os.cpu_count()), help="that load images")
     # model
     add("--image-model", default="facebook/deit-base-patch16-224", help="transformers name or path")
     add("--text-model", default="google-bert/bert-base-uncased", help="a BERT, name or path")
-    add("--text-layers", type=int, default=6, help="of the BERT; the rest start the cross encoder")
-    add("--image-size", type=int, default=384, help="pixels")
+    add("--text-layers", type=positive, default=6, help="of the BERT; the rest cross-attend")
+    add("--image-size", type=positive, default=384, help="pixels")
     add("--init", default="backbones", help="start from pre-trained backbones, from scratch, from "
         "albef (downloaded), or from a checkpoint of loopitr.py or ALBEF")
     add("--freeze-image", action="store_true", help="no gradient for the image encoder")
     # the loop
-    add("--negatives", type=int, default=1, help="m, hard negatives per image and per text")
+    add("--negatives", type=positive, default=1, help="m, hard negatives per image and per text")
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
-    add("--random-first", type=float, default=0.3, help="share of training with random negatives")
+    add("--random-first", type=share, default=0.3, help="share of training with random negatives")
     add("--distill", choices=("none", "kl", "mse", "margin", "label"), default="mse",
         help="objective; label is a control without a teacher")
-    add("--distill-weight", type=float, default=0.05, help="in the total loss; 1 suits kl, label")
-    add("--distill-temperature", type=float, default=0.5, help="of the teacher; 1 suits kl")
-    add("--distill-from", type=float, default=0.4, help="share of training before distillation")
-    add("--matching-weight", type=float, default=1.0, help="in the total loss")
+    add("--distill-weight", type=weight, default=0.05, help="in the total loss; 1 suits kl, label")
+    add("--distill-temperature", type=number(float, 0.001), default=0.5, help="of teacher; kl: 1")
+    add("--distill-from", type=share, default=0.4, help="share of training before distillation")
+    add("--matching-weight", type=weight, default=1.0, help="in the total loss")
     # optimisation
-    add("--epochs", type=int, default=10, help="passes over all captions")
-    add("--batch-size", type=int, default=256, help="captions with their images, of all processes")
-    add("--lr", type=float, default=1e-5, help="peak learning rate of the backbones")
-    add("--new-lr", type=float, default=1e-4, help="of cross-attention, projections, match head")
+    add("--epochs", type=positive, default=10, help="passes over all captions")
+    add("--batch-size", type=positive, default=256, help="captions with images, of all processes")
+    add("--lr", type=share, default=1e-5, help="peak learning rate of the backbones")
+    add("--new-lr", type=share, default=1e-4, help="of cross-attention, projections, match head")
     add("--grad-checkpointing", action=switch, default=False, help="less memory, slower")
-    add("--seed", type=int, default=0, help="of weights, batches, negatives and augmentation")
+    add("--seed", type=whole, default=0, help="of weights, batches, negatives and augmentation")
     add("--device", help="an accelerator, if there is one, else cpu, if not given")
     add("--bf16", action=switch, help="mixed precision; on accelerators if not given")
     return parser
 
 
-def count_or_all(text):
+def number(kind, low, high=1e9):
+    """Type of an option: a number from low to high, which NaN and infinity are not."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} from {low} to {high:g}"
+    return parse
+
+
+def shortlist(text):
     """Type of --rerank; "all" is more than any gallery has."""
-    return 10 ** 9 if text == "all" else int(text)
+    return 10 ** 9 if text == "all" else number(int, 1)(text)
 
 
 def data_name(text):
@@ -1139,9 +1217,12 @@ def parse_arguments(argv):
             settings["data"] = ["folder"]
     parser.set_defaults(**settings)
     args = parser.parse_args(argv)
-    if not args.device:
-        accelerator = torch.accelerator.is_available()
-        args.device = torch.accelerator.current_accelerator().type if accelerator else "cpu"
+    accelerator = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
+    args.device = args.device or accelerator or "cpu"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     if args.train and start == last:
         stored = checkpoint["options"] | {"root": args.root}
         other = [f"--{option.replace('_', '-')} {value}" for option, value in stored.items()
@@ -1170,7 +1251,8 @@ def main(argv=None):
                 make_toy_dataset(Path(args.root, "toy"))
             torch.manual_seed(args.seed)
             model, tokenizer = build_model(args.image_model, args.text_model, args.text_layers,
-                                           checkpoint, args.init == "scratch", args.bf16)
+                                           args.image_size, checkpoint, args.init == "scratch",
+                                           args.bf16)
             splits = load_splits(args)
         model.to(args.device)
         if args.output:
@@ -1182,6 +1264,7 @@ def main(argv=None):
             train(model, tokenizer, splits, args, checkpoint if resumed else None)
         if world()[0] == 0 and not args.search:
             report(model, tokenizer, splits["test"], args)
+        sys.stdout.flush()
         return 0
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         # A loader's process sends its traceback along; the message is the last line.

@@ -946,7 +946,7 @@ def test_search_by_words_equals_scoring_every_image(here, trained, tmp_path, cap
                          "--dual-weight", "3", "--output", str(tmp_path)]) == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
     content = loopitr.load_checkpoint(best)
-    model, tokenizer = loopitr.build_model(None, None, None, content)
+    model, tokenizer = loopitr.build_model(None, None, None, 48, content)
     model.eval()
     records = load_captions("data/toy/captions.json")["test"]
     transform = loopitr.image_transform(48)
@@ -1370,7 +1370,7 @@ def save_backbones(folder, name):
 def test_image_encoders_load_their_weights(tmp_path, name):
     image, text = save_backbones(tmp_path, name)
     torch.manual_seed(6)
-    model, _ = loopitr.build_model(image, text, 2)
+    model, _ = loopitr.build_model(image, text, 2, 32)
     expected = transformers.AutoModel.from_pretrained(image).state_dict()
     loaded = model.image_encoder.state_dict()
     assert all(torch.equal(loaded[key], expected[key]) for key in loaded) and len(loaded) > 20
