@@ -2,10 +2,12 @@
 """Each function against an oracle written the slow and obvious way, then the real command line on
 tiny data that the tests draw. Offline; `pytest` runs them all."""
 import http.server
+import io
 import json
 import math
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -1016,11 +1018,11 @@ def test_errors_of_the_command_line(here, tmp_path, capsys, trained):
     fails(capsys, [*train, "--text-model", "data/toy/image-model"], "cannot load")
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "none.pt"], "none.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "text.pt"], "text.pt cannot be read")
+    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "text.pt"], "text.pt is damaged, or no checkpoint")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
-    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "foreign.pt"], "foreign.pt cannot be")
+    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "foreign.pt"], "foreign.pt is damaged")
     torch.save({"model": os.getcwd}, tmp_path / "pickled.pt")
-    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "pickled.pt"], "pickled.pt cannot be")
+    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "pickled.pt"], "pickled.pt is damaged")
 
 
 @pytest.mark.parametrize("arguments", [
@@ -1075,43 +1077,353 @@ def test_memory_that_does_not_suffice_is_one_line(here, tmp_path, capsys, monkey
 
 
 # ------------------------------------------------------------------------------------------------
+# Training: schedule, weights, modes, which epoch is kept
+
+
+class OneNumber(torch.nn.Module):
+    """In the model's place: a parameter, losses with known gradients, and what it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_temperature = torch.nn.Parameter(torch.tensor(0.0))
+        self.temperature, self.calls = torch.tensor(1.0), []
+
+    def forward(self, batch, **options):
+        self.calls.append((options["sampling"], self.training))
+        return {name: factor * self.log_temperature for name, factor in (
+            ("contrastive", 1e-3), ("matching", 2e-3), ("distillation", 4e-3))}
+
+
+def epoch_of_one_number(tmp_path, epoch, **options):
+    """-> the model after `train_epoch`, and rate and gradient of each of 200 steps."""
+    args = SimpleNamespace(**{
+        "epochs": 2, "random_first": 0.25, "sampling": "topk", "distill_from": 0.4, "negatives": 1,
+        "distill_weight": 0.5, "matching_weight": 3.0, "distill": "mse", "device": "cpu",
+        "distill_temperature": 1.0, "batch_size": 8, "output": str(tmp_path)} | options)
+    model, steps = OneNumber(), []
+    optimizer = loopitr.make_optimizer(model, lr=1e-3, new_lr=1e-2)
+    optimizer.register_step_post_hook(lambda optimizer, *_: steps.append(
+        (optimizer.param_groups[0]["lr"], model.log_temperature.grad.item())))
+    loopitr.train_epoch(model, [[torch.zeros(1)]] * 200, optimizer, epoch, args)
+    return model, steps
+
+
+def test_rate_weights_and_sampling_follow_the_progress_of_training(tmp_path):
+    calls, steps = [], []
+    for epoch in (0, 1):
+        model, some = epoch_of_one_number(tmp_path, epoch)
+        calls += model.calls
+        steps += some
+    for step, ((sampling, training), (rate, gradient)) in enumerate(zip(calls, steps)):
+        cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * step / 400)) / 2
+        assert rate == pytest.approx(1e-2 * min((step + 1) / 100, cosine), rel=1e-6)
+        assert sampling == ("random" if step < 100 else "topk") and training
+        assert gradient == pytest.approx(1e-3 + 3 * 2e-3 + (0.5 * 4e-3 if step >= 160 else 0))
+    lines = log_of(tmp_path, "step")
+    assert [line["step"] for line in lines] == list(range(10, 401, 10))
+
+
+def test_large_gradients_are_clipped(tmp_path, monkeypatch):
+    _, steps = epoch_of_one_number(tmp_path, 0, matching_weight=1e6)
+    assert all(gradient == pytest.approx(1, abs=1e-4) for _, gradient in steps)
+
+
+@pytest.mark.parametrize("weight, kept", [(1, 1), (0, 0)])  # by re-ranked rsum; by the dual's
+def test_the_best_epoch_on_val_is_kept_and_tested(here, tmp_path, monkeypatch, weight, kept):
+    seen, dual, cross = [], iter([3, 1, 2, 4]), iter([5, 9, 9, 1])
+
+    def evaluate(model, tokenizer, records, args):
+        seen.append((len(records), model.log_temperature.item(), model.training))
+        result = {"images": 8, "texts": 16, "k": 8, "dual": {"rsum": next(dual)},
+                  "cross": {"rsum": next(cross)}}
+        return result, torch.eye(12).repeat_interleave(2, 1), torch.eye(12).repeat_interleave(2, 1)
+
+    monkeypatch.setattr(loopitr, "evaluate", evaluate)
+    assert loopitr.main(command(tmp_path, "--epochs", 3, "--matching-weight", weight, "--distill",
+                                "none")) == 0
+    assert [count for count, *_ in seen] == [8, 8, 8, 12]  # val, val, val, test
+    assert seen[3][1] == seen[kept][1] and len({bias for _, bias, _ in seen[:3]}) == 3
+    assert torch.load(tmp_path / "best.pt")["model"]["log_temperature"].item() == seen[kept][1]
+
+
+def test_training_and_evaluation_have_their_modes_and_transforms(here, tmp_path, monkeypatch):
+    seen, transforms = set(), []
+    encode, transform = loopitr.LoopITR.encode_image, loopitr.image_transform
+    encode_text, match = loopitr.LoopITR.encode_text, loopitr.LoopITR.match
+
+    def record(name, real):
+        def method(self, *args):
+            seen.add((name, self.training, torch.is_grad_enabled()))
+            return real(self, *args)
+        return method
+
+    for name, real in (("encode_image", encode), ("encode_text", encode_text), ("match", match)):
+        monkeypatch.setattr(loopitr.LoopITR, name, record(name, real))
+    monkeypatch.setattr(loopitr, "image_transform", lambda size, augment=False: (
+        transforms.append((size, augment)) or transform(size, augment)))
+    assert loopitr.main(command(tmp_path, "--augment", "--epochs", 1)) == 0
+    assert seen - {("encode_image", True, True)} == {  # that one is the try of build_model, too
+        (name, mode, mode) for name in ("encode_text", "match") for mode in (True, False)} | {
+        ("encode_image", False, False)}
+    assert transforms == [(48, True), (48, False), (48, False)]  # train, val, test
+
+
+def test_more_images_and_texts_than_one_batch_keep_their_order(tmp_path):
+    model, paths = tiny_model(), []
+    for number in range(70):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", (32, 32), (3 * number, 255 - 3 * number, 128)).save(paths[-1])
+    tokens, embeddings = loopitr.encode_images(model, paths, 32)
+    transform = loopitr.image_transform(32)
+    with torch.no_grad():
+        one = model.encode_image(torch.stack([transform(Image.open(path)) for path in paths]))
+    assert tokens.dtype == torch.half
+    torch.testing.assert_close(tokens.float(), one[0], atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(embeddings, one[1], atol=1e-5, rtol=1e-4)
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", *map(
+        str, range(30))]))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    captions = [f"{number % 30} " * (1 + number % 7) for number in range(300)]
+    tokens, mask, embeddings = loopitr.encode_texts(model, tokenizer, captions)
+    assert len(tokens) == len(mask) == len(embeddings) == 300
+    with torch.no_grad():
+        for number in (0, 255, 256, 299):
+            _, alone = model.encode_text(*loopitr.tokenize(tokenizer, [captions[number]]))
+            torch.testing.assert_close(embeddings[number], alone[0], atol=1e-4, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Wrong starts, options, files
+
+
+def small_config(name, **more):
+    if name != "swin":
+        more = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64,
+                    num_hidden_layers=2) | more
+    return transformers.AutoConfig.for_model(name, **more)
+
+
+@pytest.mark.parametrize("kind, name, more, message", [
+    ("text", "mpnet", {}, "MPNetModel"), ("text", "deberta", {}, "DebertaModel"),
+    ("text", "distilbert", {"n_layers": 2, "dim": 32, "n_heads": 2}, "cannot load"),
+    ("image", "siglip_vision_model", {"image_size": 48}, "CLS"),
+    ("image", "vit_mae", {"image_size": 48}, "CLS"),
+    ("image", "swin", {"image_size": 48, "embed_dim": 16, "depths": [1], "num_heads": [2],
+                       "window_size": 3}, "CLS")])
+def test_models_that_do_not_fit_are_refused(here, tmp_path, capsys, kind, name, more, message):
+    small_config(name, **more).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "vocab.txt").write_text(
+        Path("data/toy/text-model/vocab.txt").read_text())
+    options = ["--text-layers", 1, f"--{kind}-model", tmp_path / "model"]
+    fails(capsys, command(tmp_path / "out", *options), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_vocabulary_is_refused(here, tmp_path, capsys):
+    shutil.copytree("data/toy/text-model", tmp_path / "text")
+    (tmp_path / "text" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]")
+    fails(capsys, command(tmp_path / "out", "--text-model", tmp_path / "text"), "no vocabulary")
+    (tmp_path / "text" / "vocab.txt").unlink()
+    fails(capsys, command(tmp_path / "out", "--text-model", tmp_path / "text"), "text")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pre_trained_weights_that_do_not_arrive_are_an_error(tmp_path):
+    from safetensors.torch import load_file, save_file
+    image, text = save_backbones(tmp_path, "vit")
+    file, = image.glob("*.safetensors")
+    weights = load_file(file)
+    key = next(key for key in weights if "layernorm" in key.lower())
+    weights[f"renamed.{key}"] = weights.pop(key)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(loopitr.InputError, match="no weights for"):
+        loopitr.build_model(image, text, 2, 32)
+
+
+@pytest.mark.parametrize("option, value", [
+    ("--lr", "nan"), ("--lr", "-1"), ("--new-lr", "inf"), ("--image-size", "0"), ("--epochs", "0"),
+    ("--batch-size", "-8"), ("--negatives", "0"), ("--text-layers", "0"), ("--workers", "-1"),
+    ("--seed", "1" + 40 * "0"), ("--seed", "-1"), ("--random-first", "nan"), ("--distill-from", "2"),
+    ("--distill-weight", "nan"), ("--distill-temperature", "0"), ("--matching-weight", "-1"),
+    ("--dual-weight", "inf"), ("--rerank", "0"), ("--rerank", "some"), ("--rerank", "2.5")])
+def test_numbers_out_of_range_are_one_line(capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        loopitr.main(["--train", option, value])
+    line, = capsys.readouterr().err.splitlines()
+    assert option in line and value in line
+
+
+def test_an_image_in_two_splits_is_an_error_that_names_it(here, tmp_path, capsys):
+    train = [*command(tmp_path / "out"), *own_data("")][:-1]
+    entry = {"filename": "images/00003.png", "split": "test", "sentences": [{"raw": "a"}]}
+    path = toy_without(here, tmp_path, lambda images: images.append(entry))
+    fails(capsys, [*train, path], "00003.png", "test split", "train")
+    entry["split"] = "dev"
+    path = toy_without(here, tmp_path, lambda images: images.append(entry))
+    fails(capsys, [*train, path], "captions.json", "dev")
+
+
+@pytest.mark.parametrize("content", [
+    b"[" * 100_000, b'{"images": [{"filename": 5, "split": "val", "sentences": [{"raw": "a"}]}]}',
+    b'{"images": [{"filename": "a", "split": ["val"], "sentences": [{"raw": "a"}]}]}',
+    b'{"images": [{"filename": "a", "split": "val", "sentences": [{"raw": 5}]}]}',
+    b'{"images": [{"filename": "a", "split": "val", "sentences": [{"raw": "\\ud800"}]}]}',
+    b'{"images": 5}', b"5", b"null", b"\xff\xfe", b'{"images": [null]}', b"[]"])
+def test_captions_of_a_wrong_kind_are_one_line(here, tmp_path, capsys, content):
+    path = tmp_path / "captions_val.json"
+    path.write_bytes(content)
+    fails(capsys, [*command(tmp_path / "out"), *own_data(path)], "captions_val.json")
+
+
+def test_rows_whose_captions_are_no_text_are_refused_and_a_bom_is_read(tmp_path):
+    path = tmp_path / "a_val.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([{"image": "a.jpg", "caption": "x"}]).encode())
+    assert load_captions(path, "p")["val"] == [(os.path.join("p", "a.jpg"), ["x"])]
+    for captions in ({"a": 1}, [5], 5, None, []):
+        with pytest.raises(loopitr.InputError, match="a_val.json"):
+            load_captions(write_json(path, [{"image": "a.jpg", "caption": captions}]))
+
+
+def test_files_that_cannot_be_read_or_written_are_named(here, trained, tmp_path, capsys):
+    best = trained[0] / "best.pt"
+    fails(capsys, ["--evaluate", "--checkpoint", tmp_path], str(tmp_path))
+    (tmp_path / "cut.pt").write_bytes(best.read_bytes()[:-1000])
+    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "cut.pt"], "cut.pt is damaged")
+    (tmp_path / "file").write_text("")
+    fails(capsys, command(tmp_path / "file"), str(tmp_path / "file"))
+    fails(capsys, ["--evaluate", "--checkpoint", best, "--output", tmp_path / "file"], "file")
+    content = torch.load(best)
+    del content["model"]["match_head.bias"]
+    shutil.copytree(trained[0], tmp_path / "run")
+    torch.save(content, tmp_path / "run" / "best.pt")
+    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "run" / "best.pt"], "match_head.bias")
+    content = torch.load(trained[0] / "last.pt")
+    del content["optimizer"]["state"]
+    torch.save(content, tmp_path / "run" / "last.pt")
+    fails(capsys, command(tmp_path / "run"), "last.pt is damaged")
+
+
+def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays_whole(here, trained, tmp_path):
+    """The limit on the size of a file makes writes fail as a full disk does."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    content = torch.load(tmp_path / "run" / "last.pt")
+    content["state"]["trained"] = content["state"]["validated"] = 1
+    torch.save(content, tmp_path / "run" / "last.pt")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
+
+    done = subprocess.run([sys.executable, loopitr.__file__, *command(tmp_path / "run")], cwd=here,
+                          capture_output=True, text=True, timeout=200, preexec_fn=limit)
+    line, = [line for line in done.stderr.splitlines() if "loopitr" in line]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "last.pt" in line
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_a_save_that_is_interrupted_leaves_the_earlier_checkpoint(here, trained, tmp_path,
+                                                                  monkeypatch):
+    shutil.copytree(trained[0], tmp_path / "run")
+    before = (tmp_path / "run" / "best.pt").read_bytes()
+
+    def half(content, path):
+        Path(path).write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    args = SimpleNamespace(output=str(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        loopitr.save(args, "best.pt", tiny_model())
+    assert (tmp_path / "run" / "best.pt").read_bytes() == before
+
+
+def test_a_closed_pipe_is_no_traceback(here, trained):
+    process = subprocess.Popen(
+        [sys.executable, loopitr.__file__, "--evaluate", "--checkpoint", trained[0] / "best.pt"],
+        cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(60) == 2 and "Traceback" not in error and "Exception" not in error
+    assert len([line for line in error.splitlines() if "loopitr" in line]) == 1
+
+
+# ------------------------------------------------------------------------------------------------
 # Downloads, from a server on this machine
 
 
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves server.files, name -> bytes. What is wrong with a name is in server.faults:
+    cut (breaks off half way), no range, no length, silent, redirect, or a status code."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.server.asked.append(("HEAD", self.path))
+        self.send_error(403)
+
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        fault, content = self.server.faults.get(name), self.server.files.get(name)
+        self.server.asked.append(("GET", name, self.headers["Range"]))
+        if content is None or isinstance(fault, int):
+            return self.send_error(fault or 404)
+        if fault == "redirect" and "moved" not in self.path:
+            self.send_response(302)
+            self.send_header("Location", f"/moved/{name}")
+            return self.end_headers()
+        start = 0
+        if self.headers["Range"] and fault != "no range":
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                return self.send_error(416)
+        content = content[start:]
+        self.send_response(206 if start else 200)
+        if fault != "no length":
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if fault == "silent":
+            self.wfile.write(content[:1])
+            time.sleep(3)
+        elif fault == "cut":
+            self.wfile.write(content[:len(content) // 2])
+        else:
+            self.wfile.write(content)
+
+
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A real HTTP server of tmp_path/served, to which fetch is sent for every address. Names in
-    `cut` are broken off half way, though their whole length was announced."""
-    folder, cut, asked = tmp_path / "served", set(), []
-    folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=folder)
-
-        def log_message(self, *_):
-            asked.append(f"{self.command} {self.path}")
-
-        def copyfile(self, source, target):
-            data = source.read()
-            target.write(data[:len(data) // 2] if Path(self.path).name in cut else data)
-
+def server(monkeypatch):
+    """A real HTTP server on loopback, to which every download is sent."""
     listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    listener.files, listener.faults, listener.asked = {}, {}, []
     threading.Thread(target=listener.serve_forever, daemon=True).start()
-    real, port = loopitr.fetch, listener.server_port
-    monkeypatch.setattr(loopitr, "fetch", lambda url, *rest: real(
-        f"http://127.0.0.1:{port}/{url.rpartition('/')[2]}", *rest))
-    yield SimpleNamespace(folder=folder, cut=cut, asked=asked)
+    address = f"http://127.0.0.1:{listener.server_port}"
+    monkeypatch.setattr(loopitr, "CAPTIONS", address)
+    monkeypatch.setattr(loopitr, "ALBEF", f"{address}/ALBEF_4M.pth")
+    monkeypatch.setattr(loopitr, "PHOTOS", {
+        name: [f"{address}/{url.rpartition('/')[2]}" for url in urls]
+        for name, urls in loopitr.PHOTOS.items()})
+    yield listener
     listener.shutdown()
 
 
-def serve_flickr30k(folder):
-    with zipfile.ZipFile(folder / "flickr30k-images.zip", "w") as archive:
-        for split in ("train", "val", "test"):
-            Image.new("RGB", (8, 8)).save(folder / "one.jpg")
-            archive.write(folder / "one.jpg", f"flickr30k-images/{split}.jpg")
-            write_json(folder / f"flickr30k_{split}.json",
-                       [{"image": f"flickr30k-images/{split}.jpg", "caption": ["a", "b"]}])
+def zip_of(*names):
+    """A zip of small photos."""
+    photo, content = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (8, 8)).save(photo, "JPEG")
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, photo.getvalue())
+    return content.getvalue()
+
+
+def offer_flickr30k(server):
+    splits = ("train", "val", "test")
+    server.files["flickr30k-images.zip"] = zip_of(*(f"flickr30k-images/{s}.jpg" for s in splits))
+    for split in splits:
+        server.files[f"flickr30k_{split}.json"] = json.dumps(
+            [{"image": f"flickr30k-images/{split}.jpg", "caption": ["a", "b"]}]).encode()
 
 
 def load(name, root, train=True):
@@ -1119,68 +1431,130 @@ def load(name, root, train=True):
                                                search=None))
 
 
-def load_flickr30k(root):
-    return load("flickr30k", root)
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_flickr30k_arrives_by_itself_and_only_once(server, tmp_path):
-    serve_flickr30k(server.folder)
-    splits = load_flickr30k(tmp_path)
+WHOLE = ["flickr30k-images", "flickr30k_test.json", "flickr30k_train.json", "flickr30k_val.json"]
+
+
+@pytest.mark.parametrize("fault", [None, "redirect", "no length", "no range"])
+def test_flickr30k_arrives_with_one_get_a_file_photos_last(server, tmp_path, fault):
+    offer_flickr30k(server)
+    server.faults = dict.fromkeys(server.files, fault)
+    splits = load("flickr30k", tmp_path)
     assert {s: len(part[0].captions) for s, part in splits.items()} == dict(train=2, val=2, test=2)
-    count = len(server.asked)
-    assert load_flickr30k(tmp_path) == splits and len(server.asked) == count
-    assert sorted(path.name for path in (tmp_path / "flickr30k").iterdir()) == [
-        "flickr30k-images", *(f"flickr30k_{split}.json" for split in ("test", "train", "val"))]
+    assert names_in(tmp_path / "flickr30k") == WHOLE
+    assert all(method == "GET" for method, *_ in server.asked)
+    assert len(server.asked) == 4 * (1 + (fault == "redirect"))
+    assert server.asked[-1][1] == "flickr30k-images.zip"
+    server.asked.clear()
+    assert load("flickr30k", tmp_path) == splits and server.asked == []  # it is all there
 
 
-def test_coco_arrives_by_itself(server, tmp_path):
+def test_coco_fetches_only_what_the_command_needs(server, tmp_path):
     for split, year in (("train", "train2014"), ("val", "val2014"), ("test", "val2014")):
-        name = f"{year}/COCO_{year}_{split}.jpg"
-        Image.new("RGB", (8, 8)).save(server.folder / "one.jpg")
-        with zipfile.ZipFile(server.folder / f"{year}.zip", "a") as archive:
-            archive.write(server.folder / "one.jpg", name)
-        write_json(server.folder / f"coco_karpathy_{split}.json",
-                   [{"image": name, "caption": "a" if split == "train" else ["a"]}])
-    splits = load("coco", tmp_path)
+        names = [f"{year}/COCO_{year}_{split}.jpg" for split in ("train", "val", "test")]
+        server.files[f"{year}.zip"] = zip_of(*names)
+        server.files[f"coco_karpathy_{split}.json"] = json.dumps(
+            [{"image": f"{year}/COCO_{year}_{split}.jpg", "caption": "a"}]).encode()
+    splits = load("coco", tmp_path, train=False)
+    assert [name for _, name, _ in server.asked] == ["coco_karpathy_test.json", "val2014.zip"]
     assert splits["test"][0].image.endswith("coco/val2014/COCO_val2014_test.jpg")
+    load("coco", tmp_path)
+    assert names_in(tmp_path / "coco") == [
+        "coco_karpathy_test.json", "coco_karpathy_train.json", "coco_karpathy_val.json",
+        "train2014", "val2014"]
 
 
+@pytest.mark.parametrize("second", [None, "no range"])
 @pytest.mark.parametrize("name", ["flickr30k-images.zip", "flickr30k_val.json"])
-def test_a_connection_cut_half_way_leaves_nothing_and_can_be_repeated(server, tmp_path, name):
-    serve_flickr30k(server.folder)
-    server.cut.add(name)
-    with pytest.raises(loopitr.InputError, match="repeat the command"):
-        load_flickr30k(tmp_path)
-    left = {path.name for path in (tmp_path / "flickr30k").iterdir()}
-    captions = {f"flickr30k_{split}.json" for split in ("train", "val", "test")}
-    assert left == (captions if "zip" in name else {"flickr30k_train.json"})
-    server.cut.clear()
-    assert len(load_flickr30k(tmp_path)["val"]) == 1
+def test_a_cut_connection_is_an_error_and_the_next_start_goes_on(server, tmp_path, name, second):
+    offer_flickr30k(server)
+    server.faults[name] = "cut"
+    with pytest.raises(loopitr.InputError, match=f"{name} failed .*connection broke.* repeat"):
+        load("flickr30k", tmp_path)
+    assert not (tmp_path / "flickr30k" / name.removesuffix(".zip")).exists()
+    server.faults[name] = second
+    server.asked.clear()
+    load("flickr30k", tmp_path)
+    assert server.asked[0] == ("GET", name, f"bytes={len(server.files[name]) // 2}-")
+    assert names_in(tmp_path / "flickr30k") == WHOLE
 
 
-def test_a_truncated_zip_or_one_of_wrong_content_is_never_used(server, tmp_path):
-    serve_flickr30k(server.folder)
-    archive = server.folder / "flickr30k-images.zip"
-    whole = archive.read_bytes()
-    damaged = bytearray(whole)
-    damaged[60] ^= 255  # within the first image
-    with zipfile.ZipFile(server.folder / "other.zip", "w") as other:
-        other.writestr("readme.txt", "moved")
-    with zipfile.ZipFile(server.folder / "packed.zip", "w", zipfile.ZIP_DEFLATED) as packed:
-        packed.writestr("flickr30k-images/1.jpg", "photo")
-    packed = bytearray((server.folder / "packed.zip").read_bytes())
-    packed[30 + len("flickr30k-images/1.jpg")] = 255  # no deflate block starts so
-    for content in (whole[:-100], bytes(damaged), bytes(packed),
-                    (server.folder / "other.zip").read_bytes()):
-        archive.write_bytes(content)
-        with pytest.raises(loopitr.InputError, match="flickr30k-images.zip failed"):
-            load_flickr30k(tmp_path)
-        assert len(list((tmp_path / "flickr30k").iterdir())) == 3  # the captions
+def test_a_start_after_a_kill_needs_no_second_download(server, tmp_path):
+    """Killed between the last byte and the new name, or while it was unpacked."""
+    offer_flickr30k(server)
+    folder = tmp_path / "flickr30k"
+    folder.mkdir()
+    (folder / "flickr30k_val.json.part").write_bytes(server.files["flickr30k_val.json"])
+    (folder / "flickr30k-images.zip").write_bytes(server.files["flickr30k-images.zip"])
+    (folder / "flickr30k-images.zip.unpacked" / "flickr30k-images").mkdir(parents=True)
+    (folder / "flickr30k-images.zip.unpacked" / "flickr30k-images" / "half.jpg").write_text("")
+    with pytest.raises(loopitr.InputError, match="repeat"):
+        load("flickr30k", tmp_path)
+    load("flickr30k", tmp_path)
+    assert not any("zip" in name for _, name, _ in server.asked)
+    assert names_in(folder) == WHOLE and len(names_in(folder / "flickr30k-images")) == 3
 
 
-def test_without_the_file_the_message_says_what_to_do(server, tmp_path, capsys):
-    with pytest.raises(loopitr.InputError, match="flickr30k_train.json failed .*404.* put it"):
-        load_flickr30k(tmp_path)
+def test_silence_and_missing_files_are_errors_of_one_line(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loopitr, "SILENCE", 0.3)
+    monkeypatch.chdir(tmp_path)
+    offer_flickr30k(server)
+    for fault, message in (("silent", "timed out"), (404, "404"), (503, "503")):
+        server.faults["flickr30k_val.json"] = fault
+        with pytest.raises(loopitr.InputError, match=f"val.json failed .*{message}"):
+            load("flickr30k", tmp_path)
+    fails(capsys, ["--evaluate", "--data", "flickr30k", "--checkpoint", "data/ALBEF_4M.pth"],
+          "ALBEF_4M.pth failed", "404", "data/ALBEF_4M.pth")
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"<html>log in first</html>", "not a zip"), (zip_of("train.jpg"), "no folder"),
+    (zip_of("photos/train.jpg"), "no folder"), (zip_of("flickr30k-images/1.jpg")[:-30], "not a zip"),
+    (zip_of("flickr30k-images/1.jpg").replace(b"JFIF", b"JUNK"), "CRC|rror")])
+def test_what_is_no_zip_of_the_folder_is_told_apart_and_deleted(server, tmp_path, content, message):
+    offer_flickr30k(server)
+    good = server.files["flickr30k-images.zip"]
+    if content.startswith(b"PK") and b"JFIF" not in content and message.startswith("CRC"):
+        damaged = bytearray(content)
+        damaged[60] ^= 255  # within the photo
+        content = bytes(damaged)
+    server.files["flickr30k-images.zip"] = content
+    with pytest.raises(loopitr.InputError, match=f"not what it should be.*({message})"):
+        load("flickr30k", tmp_path)
+    assert "flickr30k-images" not in names_in(tmp_path / "flickr30k")
+    server.files["flickr30k-images.zip"] = good
+    load("flickr30k", tmp_path)
+    assert names_in(tmp_path / "flickr30k") == WHOLE
+
+
+def test_html_instead_of_captions_is_not_kept(server, tmp_path):
+    offer_flickr30k(server)
+    good = server.files["flickr30k_val.json"]
+    server.files["flickr30k_val.json"] = b"<html>log in first</html>"
+    with pytest.raises(loopitr.InputError, match="flickr30k_val.json failed"):
+        load("flickr30k", tmp_path)
+    server.files["flickr30k_val.json"] = good
+    load("flickr30k", tmp_path)
+
+
+def test_a_zip_writes_nothing_outside_its_folder(server, tmp_path):
+    offer_flickr30k(server)
+    server.files["flickr30k-images.zip"] = zip_of(
+        "../../evil.jpg", "/evil.jpg", *(f"flickr30k-images/{s}.jpg" for s in ("train", "val", "test")))
+    load("flickr30k", tmp_path)
+    assert names_in(tmp_path) == ["flickr30k"] and names_in(tmp_path / "flickr30k") == WHOLE
+
+
+def test_photos_that_are_missing_from_a_folder_name_it(server, tmp_path):
+    offer_flickr30k(server)
+    load("flickr30k", tmp_path)
+    (tmp_path / "flickr30k" / "flickr30k-images" / "val.jpg").unlink()
+    with pytest.raises(loopitr.InputError, match="val split: 1 of 1 .*flickr30k-images/val.jpg.*"
+                       "must be deleted"):
+        load("flickr30k", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1413,6 +1787,58 @@ def test_two_processes_have_the_gradients_of_one_on_the_joined_batch(tmp_path):
         assert set(its_gradients) >= set(gradients)
         for name, gradient in gradients.items():
             torch.testing.assert_close(its_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_two_steps_of_two_processes_equal_those_of_one_on_both_halves(toy, tmp_path):
+    """All three losses, through the real `train`: contrastive over the joined batch, the others the
+    mean of both halves. Adam's moments are compared, which are sums of gradients; its steps are
+    not, which turn the noise of gradients that are nearly 0 into full steps."""
+    content = json.loads((toy / "data" / "toy" / "captions.json").read_text())
+    content["images"] = [entry for n, entry in enumerate(content["images"]) if n < 16 or n >= 40]
+    path = write_json(tmp_path / "captions.json", content)
+    options = [*command(tmp_path / "run"), *own_data(path), "--images", toy / "data" / "toy",
+               "--epochs", 1, "--negatives", 3, "--sampling", "topk", "--distill-from", 0,
+               "--random-first", 0, "--no-augment", "--distill-weight", 0.5, "--lr", 1e-3]
+    done = run(options, toy, TORCHRUN)
+    assert done.returncode == 0, done.stderr
+
+    torch.manual_seed(0)  # --seed
+    folder = toy / "data" / "toy"
+    model, tokenizer = loopitr.build_model(folder / "image-model", folder / "text-model", 2, 48,
+                                           scratch=True)
+    pairs = [(number, record.image, caption) for number, record in enumerate(
+        load_captions(path, folder)["train"]) for caption in record.captions]
+    halves = []
+    for rank in (0, 1):
+        sampler = torch.utils.data.DistributedSampler(pairs, 2, rank, seed=0)
+        sampler.set_epoch(0)
+        order = list(sampler)
+        halves.append([loopitr.make_batch([pairs[i] for i in part], loopitr.image_transform(48),
+                                          tokenizer) for part in (order[:8], order[8:16])])
+    optimizer = loopitr.make_optimizer(model, 1e-3, 1e-4)
+    model.train()
+    for step, batches in enumerate(zip(*halves)):
+        images = torch.cat([model.encode_image(batch[0])[1] for batch in batches])
+        texts = torch.cat([model.encode_text(*batch[1:3])[1] for batch in batches])
+        ids = torch.cat([batch[3] for batch in batches])
+        loss = contrastive_loss(images @ texts.T / model.temperature, ids[:, None] == ids)
+        for batch in batches:
+            losses = loop_losses(model, batch, 3, "topk", "mse", 0.5)
+            loss = loss + (losses["matching"] + 0.5 * losses["distillation"]) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * (step + 1) / 100
+        optimizer.step()
+    saved = torch.load(tmp_path / "run" / "last.pt")
+    state, expected = saved["optimizer"]["state"], optimizer.state_dict()["state"]
+    assert set(state) == set(expected) and len(state) > 100
+    for number, moments in expected.items():
+        assert state[number]["step"] == moments["step"] == 2
+        torch.testing.assert_close(state[number]["exp_avg"], moments["exp_avg"], rtol=1e-3, atol=1e-6)
+    weights = model.state_dict()
+    assert all((saved["model"][name] - weights[name]).abs().max() < 1e-4 for name in weights)
 
 
 def test_torchrun_trains_and_its_evaluation_equals_one_process(here, tmp_path, capsys):
