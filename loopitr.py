@@ -152,10 +152,7 @@ def make_batch(pairs, transform, tokenizer):
 
 class Attention(nn.Module):
     """Multi-head attention with BERT's residual and norm after it, and with BERT's names for its
-    parts, so that pre-trained weights load as they are.
-
-    Unlike in BERT and ALBEF, attention weights are not dropped out (ours).
-    """
+    parts, so that pre-trained weights load. Attention weights are not dropped out (ours)."""
 
     def __init__(self, config, source_width):
         super().__init__()
@@ -168,12 +165,9 @@ class Attention(nn.Module):
         self.output = BertSelfOutput(config)
 
     def forward(self, x, source, mask=None, places=None):
-        """x (P,L,D) attends to source -> (P,L,D).
-
-        Self-attention: source (P,S,D) is text, read where mask (P,S) is not 0.
-        Cross-attention: source (I,N,D) is images, and places, as from `LoopITR.match`, say which
-        pair belongs to which image.
-        """
+        """x (P,L,D) attends to source -> (P,L,D). Self-attention: source (P,S,D) is text, read
+        where mask (P,S) is not 0. Cross-attention: source (I,N,D) is images, and places, as from
+        `LoopITR.match`, say which pair belongs to which image."""
         query = self.self["query"](x)
         key, value = self.self["key"](source), self.self["value"](source)
         if places is not None:
@@ -211,12 +205,9 @@ class CrossLayer(nn.Module):
 
 
 class LoopITR(nn.Module):
-    """The shared network: image encoder, text encoder, their projections, and the cross encoder.
-
-    image_encoder: a transformers vision model, [CLS] first; text_encoder: a BertModel, whose layers
+    """The shared network: a transformers vision model, [CLS] first, and a BertModel, whose layers
     from `text_layers` on start the cross encoder (ALBEF). bf16: mixed precision, None: where it is
-    not a CPU. InputError when text_layers leaves one of them no layer, or a model does not fit.
-    """
+    not a CPU. InputError when text_layers leaves an encoder no layer, or a model does not fit."""
 
     def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, bf16=None):
         super().__init__()
@@ -447,9 +438,8 @@ def make_optimizer(model, lr, new_lr):
 
 
 def train(model, tokenizer, splits, args, saved=None):
-    """Train, keeping in --output best.pt, the best epoch on val, and last.pt, to go on from, whose
-    content is `saved` if there was one. InputError when the batch size does not fit, or a gradient
-    is not finite."""
+    """Train, keeping in --output best.pt, the best epoch on val, and last.pt, whose content `saved`
+    is, to go on from. InputError when the batch size does not fit, or a gradient is not finite."""
     rank, processes = world()
     pairs = []  # (image number, path, caption)
     for number, record in enumerate(splits["train"]):
@@ -460,9 +450,9 @@ def train(model, tokenizer, splits, args, saved=None):
                          f"process(es) need equal shares, larger than --negatives {args.negatives}")
     sampler = DistributedSampler(pairs, processes, rank, seed=args.seed)  # shuffles for one, too
     transform = image_transform(args.image_size, args.augment)
-    loader = DataLoader(pairs, share, sampler=sampler, drop_last=True, num_workers=args.workers,
-                        collate_fn=partial(make_batch, transform=transform, tokenizer=tokenizer),
-                        pin_memory=args.device == "cuda")
+    collate = partial(make_batch, transform=transform, tokenizer=tokenizer)
+    loader = DataLoader(pairs, share, sampler=sampler, num_workers=args.workers, drop_last=True,
+                        collate_fn=collate, pin_memory=args.device == "cuda")
     optimizer = make_optimizer(model, args.lr, args.new_lr)
     state = {"trained": 0, "validated": 0, "best": -1.0}  # epochs, epochs, rsum on val
     if saved:
@@ -521,8 +511,8 @@ def train_epoch(model, loader, optimizer, epoch, args):
         # At the high rates that new layers need, training can collapse unclipped.
         if not nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).isfinite():
             raise InputError(f"the gradient of loss {loss.item()}, step {step + 1}, is not finite: "
-                             "try lower learning rates, with another --output; the weights after "
-                             f"the last good epoch, if there was one, are in {args.output}/last.pt")
+                             "try lower learning rates, with another --output; last.pt, if it "
+                             f"is in {args.output}, has the weights of the last good epoch")
         optimizer.step()
         if step % 10 == 9 and world()[0] == 0:
             line = {name: round(value.item(), 5) for name, value in losses.items()}
@@ -574,10 +564,8 @@ def recall_at_k(image_to_text, image_of_text, ks=(1, 5, 10), text_to_image=None)
 
 @torch.no_grad()
 def encode_images(model, paths, image_size, workers=0, keep_tokens=True):
-    """-> tokens (I,N,D) in half precision in host memory, or None; embeddings (I,E).
-
-    COCO's 5,000 test images at 384 px take 5000 * 577 * 768 * 2 bytes = 4.1 GiB.
-    """
+    """-> tokens (I,N,D) in half precision in host memory, or None; embeddings (I,E). The tokens of
+    COCO's 5,000 test images at 384 px take 5000 * 577 * 768 * 2 bytes = 4.1 GiB."""
     model.eval()
     load = partial(load_images, transform=image_transform(image_size))
     loader = DataLoader(paths, 64, num_workers=workers, collate_fn=load)
@@ -626,18 +614,16 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     # Captions have about 15 tokens; padded to 30 they would take twice the time. So texts of like
     # length go together, trimmed to the longest of them.
     length = attention_mask.sum(1)
-    bar = tqdm(total=int(shortlisted.sum()), desc="re-ranking", leave=False, disable=None)
     for texts in length.argsort().chunk(4):
         longest = int(length[texts].max())
-        pairs = shortlisted[:, texts].nonzero()  # sorted by image, so that a pass has few of them
-        for part in pairs.split(pairs_per_pass):
+        # Sorted by image, so that a pass has few of them.
+        passes = shortlisted[:, texts].nonzero().split(pairs_per_pass)
+        for part in tqdm(passes, "re-ranking", leave=False, disable=None):  # one of four
             image_index, text_index = part[:, 0], texts[part[:, 1]]
             first, last = int(image_index[0]), int(image_index[-1])
             match_logits[image_index, text_index] = model.match(
                 image_tokens[first:last + 1].to(model.device), text_tokens[:, :longest],
                 attention_mask[:, :longest], image_index - first, text_index)
-            bar.update(len(part))
-    bar.close()
     scores = (match_logits + dual_weight * dual_scores).cpu().double()
     dual_scores, lowest = dual_scores.cpu().double(), scores[shortlisted.cpu()].min()
     below = dual_scores - dual_scores.max() + lowest - 1
@@ -689,29 +675,25 @@ def report(model, tokenizer, records, args):
 # ==================================================================================================
 # The method ends here. Around it: data sets, starting weights, a run's files, pictures, main.
 
-
 # ---------------------------------------------------------------------------------------- Data sets
 
-SILENCE = 60  # seconds without a byte after which a download has failed
 ALBEF = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth"
-CAPTIONS = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
+ROWS = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
+CAPTIONS = {"flickr30k": f"{ROWS}/flickr30k", "coco": f"{ROWS}/coco_karpathy"}
 PHOTOS = {
-    "flickr30k": ["https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/"
-                  "flickr30k-images.zip"],
-    "coco": ["http://images.cocodataset.org/zips/train2014.zip",
-             "http://images.cocodataset.org/zips/val2014.zip"]}
+    "flickr30k": [
+        "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/flickr30k-images.zip"],
+    "coco": [f"http://images.cocodataset.org/zips/{part}2014.zip" for part in ("train", "val")]}
 
 
 def load_captions(path, images=None):
     """Read a captions file -> {"train": [Record], "val": [Record], "test": [Record]}.
 
-    Two formats are understood, which are found in the wild:
     Karpathy's  {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}, ...]}, ...]}
     ALBEF's     [{"image", "caption": string or list}, ...], one file per split, named after it
     images: the folder that image paths start from; that of the file, if not given. InputError for
-    other contents, and for an image with a blank caption or none.
-    """
-    splits = {"train": {}, "val": {}, "test": {}}  # split -> image -> captions
+    other contents, and for an image with a blank caption or none."""
+    splits = {"train": {}, "val": {}, "test": {}}  # split -> image -> Record
     # The split that a file of ALBEF's rows is named after, but not the "val" in "retrieval".
     named = set(re.findall("(?<![a-z])(?:train|val|test)", Path(path).stem))
     try:
@@ -719,58 +701,55 @@ def load_captions(path, images=None):
         for row in content["images"] if isinstance(content, dict) else content:
             if isinstance(content, dict):
                 image, split = Path(row.get("filepath", ""), row["filename"]), row["split"]
-                captions = [sentence["raw"].strip() for sentence in row["sentences"]]
+                captions = [sentence["raw"] for sentence in row["sentences"]]
             else:
                 image, (split,), captions = row["image"], named, row["caption"]
                 captions = [captions] if isinstance(captions, str) else captions
-                captions = [caption.strip() for caption in captions]
+            captions = [caption.strip() for caption in captions[:]]  # a list, not a dictionary
             if not captions or not all(captions):
                 raise ValueError(f"{image} has a blank caption or none")
             " ".join([str(image), *captions]).encode()  # half a surrogate pair is no text
             split = split.replace("restval", "train")  # COCO: the rest of its val, for training
             image = str(Path(images or Path(path).parent, image))
-            splits[split].setdefault(image, []).extend(captions)
+            splits[split].setdefault(image, Record(image, [])).captions.extend(captions)
         if not any(splits.values()):
             raise ValueError("it names no images")
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is in neither Karpathy's nor ALBEF's format: {error!r}") from None
-    return {split: [Record(*item) for item in found.items()] for split, found in splits.items()}
+    return {split: list(records.values()) for split, records in splits.items()}
 
 
 def load_splits(args):
-    """--data and --images -> {split: [Record]} for the splits that the command needs. What is not
-    there of flickr30k and coco is fetched, photos last. InputError for images that are missing, or
-    in two splits."""
+    """--data and --images -> {split: [Record]} for the splits that the command needs. flickr30k and
+    coco are fetched. InputError for images that are missing, or in two splits."""
     splits = {"train": [], "val": [], "test": []} if args.train else {"test": []}
-    name, files, folder = args.data[0], args.data, Path(args.root, args.data[0])
-    if name == "folder":  # without captions, to search in
+    files, name = args.data, args.data[0] if args.data else ""
+    folder = Path(args.root, name)
+    if not files:  # photos without captions, to search in
         paths = sorted(path for path in Path(args.images).rglob("*") if is_image_file(path.name))
-        splits["test"], files = [Record(str(path), []) for path in paths if path.is_file()], []
+        splits["test"] = [Record(str(path), []) for path in paths if path.is_file()]
     elif name == "toy":
         files = [make_toy_dataset(folder)]
-    elif name in PHOTOS:
-        prefix = {"flickr30k": "flickr30k", "coco": "coco_karpathy"}[name]
-        files = [fetch(f"{CAPTIONS}/{prefix}_{split}.json", folder) for split in splits]
+    elif name in CAPTIONS:
+        files = [fetch(f"{CAPTIONS[name]}_{split}.json", folder) for split in splits]
     split_of = {}
     for file in files:
         for split, records in load_captions(file, args.images).items():
-            for record in records:
-                if split_of.setdefault(record.image, split) != split:
-                    raise InputError(f"{file}: {record.image} is in the {split} split, and in "
-                                     f"{split_of[record.image]}, too")
+            for image, _ in records:
+                other = split_of.setdefault(image, split)
+                if other != split:
+                    raise InputError(f"{file}: {image} is in two splits, {other} and {split}")
             if split in splits:
                 splits[split] += records
-    folders = {Path(image).parent.name for image, split in split_of.items() if split in splits}
     for url in PHOTOS.get(name, ()):
-        if Path(url).stem in folders and args.images is None:
+        if args.images is None and any(f"/{Path(url).stem}/" in image for image in split_of):
             fetch(url, folder)
     for split, records in splits.items():
         missing = [record.image for record in records if not os.path.isfile(record.image)]
         if missing or not records:
-            raise InputError(
-                f"{split} split: {len(missing)} of {len(records)} images are missing {missing[:1]};"
-                " --images names the folder that paths start from; a folder that was unpacked in "
-                "part must be deleted, to be fetched again")
+            raise InputError(f"{split} split: {len(missing)} of {len(records)} images are missing "
+                             f"{missing[:1]}; --images names the folder that paths start from; "
+                             "delete a folder that was unpacked in part, to fetch it again")
     return splits
 
 
@@ -779,56 +758,51 @@ def fetch(url, folder):
     Safe to repeat: nothing has its final name before it is whole. InputError if that fails."""
     archive = Path(folder, url.rpartition("/")[2])
     target = Path(folder, archive.name.removesuffix(".zip"))
+    part, unpacked = Path(f"{archive}.part"), Path(f"{archive}.unpacked")
     if target.exists():
         return target
     archive.parent.mkdir(parents=True, exist_ok=True)
-    if not archive.exists():
-        download(url, archive)
-    if archive == target:
-        return target
-    aside = Path(f"{archive}.unpacked")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        with zipfile.ZipFile(archive) as content:
-            content.extractall(aside)
-        if not Path(aside, target.name).is_dir():
-            raise ValueError(f"it has no folder {target.name}")
-    except OSError:  # such as a full disk, which is no reason to fetch it again
-        raise
-    except Exception as error:  # damaged zips fail in many ways
-        archive.unlink()
-        raise InputError(f"{url} was not what it should be, and is deleted: {error}") from None
-    os.replace(aside / target.name, target)
-    shutil.rmtree(aside)
-    archive.unlink()
+        if not archive.exists():
+            download(url, part)
+            if archive.suffix == ".json":
+                json.loads(part.read_bytes())
+            os.replace(part, archive)
+        if archive != target:
+            shutil.rmtree(unpacked, ignore_errors=True)
+            with zipfile.ZipFile(archive) as content:
+                content.extractall(unpacked)
+            if not Path(unpacked, target.name).is_dir():
+                raise ValueError(f"it has no folder {target.name}")
+            os.replace(unpacked / target.name, target)
+            shutil.rmtree(unpacked)
+            archive.unlink()
+    except Exception as error:  # damaged files fail in many ways
+        # What is wrong, or too long (416), is deleted; after a broken connection, it goes on.
+        stopped = isinstance(error, (OSError, http.client.HTTPException))
+        if not stopped or getattr(error, "code", None) == 416:
+            part.unlink(missing_ok=True)
+            archive.unlink(missing_ok=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
+        raise InputError(f"{url} failed, or was not what it should be ({error}): repeat the "
+                         f"command, or download it by other means to {archive}") from None
     return target
 
 
 def download(url, path):
-    """One GET; it goes on where an earlier one broke off, if the server can do that."""
-    part = Path(f"{path}.part")
-    have = part.stat().st_size if part.exists() else 0
+    """One GET; it goes on where an earlier one broke off, if the server can do that. OSError when
+    the connection breaks, or is silent for a minute."""
+    have = path.stat().st_size if path.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=SILENCE) as answer:
-            have = have if answer.status == 206 else 0
-            size = answer.headers["Content-Length"]  # of what is to come; not all servers say it
-            total = have + int(size) if size else None
-            bar = tqdm(desc=path.name, initial=have, total=total, unit="B", unit_scale=True)
-            with bar, open(part, "ab" if have else "wb") as file:
-                while block := answer.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-        if total not in (None, part.stat().st_size):
-            raise OSError(f"the connection broke after {part.stat().st_size} of {total} bytes")
-        if path.suffix == ".json":
-            json.loads(part.read_bytes())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        if isinstance(error, ValueError) or getattr(error, "code", None) == 416:
-            part.unlink()  # it is not what was wanted: the next try starts from nothing
-        raise InputError(f"{url} failed ({error}): repeat the command, or download it by other "
-                         f"means to {path}") from None
-    os.replace(part, path)
+    with urllib.request.urlopen(request, timeout=60) as answer:  # seconds of silence
+        have = have if answer.status == 206 else 0
+        size = answer.headers["Content-Length"]  # of what is to come; not all servers say it
+        total = have + int(size) if size else None
+        bar = tqdm.wrapattr(answer, "read", desc=path.stem, initial=have, total=total)
+        with bar as source, open(path, "ab" if have else "wb") as file:
+            shutil.copyfileobj(source, file)
+    if total not in (None, path.stat().st_size):
+        raise OSError(f"the connection broke after {path.stat().st_size} of {total} bytes")
 
 
 def make_toy_dataset(folder, train=40000, val=300, test=500, seed=0):
@@ -842,42 +816,40 @@ def make_toy_dataset(folder, train=40000, val=300, test=500, seed=0):
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     for number, split in enumerate(tqdm(splits, "drawing toy scenes", disable=None)):
         canvas, captions = draw_scene(rng)
-        name = f"images/{number:05d}.png"
-        canvas.save(Path(folder, name))
-        sentences = [{"raw": caption} for caption in captions]
-        entries.append({"filename": name, "split": split, "sentences": sentences})
+        entries.append({"filename": f"images/{number:05d}.png", "split": split,
+                        "sentences": [{"raw": caption} for caption in captions]})
+        canvas.save(Path(folder, entries[-1]["filename"]))
         words.update(" ".join(captions).split())
     # transformers draws weights with deviation 0.02, right for width 768; at 128 they hardly learn.
     small = dict(hidden_size=128, num_attention_heads=4, intermediate_size=512,
                  initializer_range=128 ** -0.5, hidden_dropout_prob=0.0)
     vit = ViTConfig(num_hidden_layers=2, image_size=48, patch_size=16, **small)
-    vit.save_pretrained(Path(folder, "image-model"))
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
-    bert = BertConfig(num_hidden_layers=4, vocab_size=len(vocabulary),
-                      attention_probs_dropout_prob=0.0, **small)
-    bert.save_pretrained(Path(folder, "text-model"))
-    Path(folder, "text-model", "vocab.txt").write_text("\n".join(vocabulary))
+    vit.save_pretrained(f"{folder}/image-model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
+    bert = BertConfig(num_hidden_layers=4, vocab_size=len(words), attention_probs_dropout_prob=0.0,
+                      **small)
+    bert.save_pretrained(f"{folder}/text-model")
+    Path(folder, "text-model", "vocab.txt").write_text("\n".join(words))
     path.with_suffix(".part").write_text(json.dumps({"images": entries}))
     os.replace(path.with_suffix(".part"), path)  # last: its presence says that all is there
     return path
 
 
 def draw_scene(rng):
-    """-> picture of three objects on a 3 x 3 grid, and two captions of how two of them lie, such as
-    "a small red ring above a large blue square". Such relations are hard for one vector per image
-    and easy for cross-attention."""
-    polygons = {"square": (4, 0), "diamond": (4, 45), "triangle": (3, 0), "wedge": (3, 180)}
-    shapes = ["circle", "ring", *polygons]
+    """-> picture of three objects on a 3 x 3 grid, two captions such as "a small red ring above a
+    large blue square", which are hard for one vector per image and easy for cross-attention."""
+    shapes = {"circle": None, "ring": None,  # the others: number of sides, rotation in degrees
+              "square": (4, 0), "diamond": (4, 45), "triangle": (3, 0), "wedge": (3, 180)}
     colours = ["red", "green", "blue", "yellow", "purple", "orange", "white", "cyan"]
     radii = {"small": 4, "large": 7}  # pixels; a cell is 16, which is one patch of the ViT
     canvas, scene, captions = Image.new("RGB", (48, 48), (40, 40, 40)), [], set()
     draw = ImageDraw.Draw(canvas)
     for cell in rng.sample(range(9), 3):
-        size, colour, shape = rng.choice(list(radii)), rng.choice(colours), rng.choice(shapes)
+        size, colour, shape = rng.choice(list(radii)), rng.choice(colours), rng.choice([*shapes])
         row, column = divmod(cell, 3)
         x, y, r = 16 * column + 8, 16 * row + 8, radii[size]
-        if shape in polygons:
-            draw.regular_polygon((x, y, r), *polygons[shape], fill=colour)
+        if shapes[shape]:
+            draw.regular_polygon((x, y, r), *shapes[shape], fill=colour)
         else:
             inside = colour if shape == "circle" else None
             draw.ellipse((x - r, y - r, x + r - 1, y + r - 1), inside, outline=colour, width=2)
@@ -894,13 +866,10 @@ def draw_scene(rng):
 # --------------------------------------------------------------------------------- Starting weights
 
 def build_model(image_model, text_model, text_layers, image_size, checkpoint=None, scratch=False,
-                bf16=None):
+                bf16=None, device="cpu"):
     """-> LoopITR, tokenizer, from two backbones: names or folders, as transformers takes them.
-
-    scratch: read only their configurations. checkpoint: content that fills the model; ours bring
-    configurations and tokenizer along, in folders beside them. InputError when anything cannot be
-    loaded or does not fit.
-    """
+    scratch: read only their configurations. checkpoint: content that fills the model; ours have
+    configurations and tokenizer beside them. InputError when something cannot be loaded."""
     ours = checkpoint and "options" in checkpoint
     if ours:
         folder, text_layers = Path(checkpoint["path"]).parent, checkpoint["options"]["text_layers"]
@@ -912,21 +881,24 @@ def build_model(image_model, text_model, text_layers, image_size, checkpoint=Non
                 backbones.append(AutoModel.from_config(AutoConfig.from_pretrained(name)))
                 continue
             backbone, report = AutoModel.from_pretrained(name, output_loading_info=True)
+            backbones.append(backbone)
             missing = [key for key in report["missing_keys"] if "pooler" not in key]
             if missing:
                 raise InputError(f"{name} has no weights for {', '.join(missing[:3])}")
-            backbones.append(backbone)
         model = LoopITR(*backbones, text_layers, bf16=bf16).float()
         if ours:
             model.load_state_dict(checkpoint["model"])
         elif checkpoint:
             load_albef(model, checkpoint["model"])
         model.encode_image(torch.zeros(1, 3, image_size, image_size))  # does it take this size?
+        model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(text_model)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError,
+            AssertionError) as error:
         source = f"{checkpoint['path']} into " if checkpoint else ""
+        reason = " ".join(str(error).split())[:300]
         raise InputError(f"cannot load {source}{image_model} and {text_model} for --image-size "
-                         f"{image_size}: {' '.join(str(error).split())[:300]}") from None
+                         f"{image_size} on {device}: {reason}") from None
     if tokenizer.tokenize("a") == [tokenizer.unk_token]:
         raise InputError(f"{text_model} has no vocabulary: every word is {tokenizer.unk_token}")
     return model, tokenizer
@@ -969,11 +941,9 @@ def load_albef(model, state):
         tensors = vit if name.startswith("visual_encoder.") else rest
         for pattern, replacement in names.items():
             name = re.sub(pattern, replacement, name)
-        if "qkv" in name:
-            for part, piece in zip(("query", "key", "value"), tensor.chunk(3)):
-                tensors[name.replace("qkv", part)] = piece
-        else:
-            tensors[name] = tensor
+        pieces = tensor.chunk(3) if "qkv" in name else [tensor]
+        for part, piece in zip(("query", "key", "value"), pieces):
+            tensors[name.replace("qkv", part)] = piece
     for name in ("match_head.weight", "match_head.bias"):
         rest[name] = rest[name][1:] - rest[name][:1]  # class 1 is the match
     rest["log_temperature"] = rest["log_temperature"].log()
@@ -990,21 +960,20 @@ def load_albef(model, state):
     model.load_state_dict(rest)
 
 
-# ---------------------------------------------------------------------------------- Files of a run
+# ------------------------------------------------------------------- A run: its files and processes
 
 def start_run(model, tokenizer, splits, args, saved):
     """Begin log.jsonl, and write beside it what using a checkpoint takes; or go back to `saved`."""
-    log = Path(args.output, "log.jsonl")
     if saved:
-        os.truncate(log, saved["log_size"])
+        os.truncate(f"{args.output}/log.jsonl", saved["log_size"])
         return
-    model.image_encoder.config.save_pretrained(log.with_name("image-model"))
-    model.text_encoder.config.save_pretrained(log.with_name("text-model"))
-    tokenizer.save_pretrained(log.with_name("text-model"))
-    log.unlink(missing_ok=True)
+    Path(args.output, "log.jsonl").unlink(missing_ok=True)
+    model.image_encoder.config.save_pretrained(f"{args.output}/image-model")
+    for part in (model.text_encoder.config, tokenizer):
+        part.save_pretrained(f"{args.output}/text-model")
     images = {split: len(records) for split, records in splits.items()}
-    write_log(args, options=run_options(args), images=images, device=args.device,
-              processes=world()[1], torch=torch.__version__, transformers=transformers.__version__)
+    write_log(args, options=args.of_run, images=images, device=args.device, processes=world()[1],
+              torch=torch.__version__, transformers=transformers.__version__)
 
 
 def write_log(args, **values):
@@ -1017,7 +986,7 @@ def save(args, name, model, **rest):
     """Write a checkpoint, in the first process; under another name first, so never half a file."""
     if world()[0] == 0:
         path = Path(args.output, name)
-        content = {"model": model.state_dict(), "options": run_options(args),
+        content = {"model": model.state_dict(), "options": args.of_run,
                    "log_size": path.with_name("log.jsonl").stat().st_size, **rest}
         try:
             torch.save(content, f"{path}.part")
@@ -1025,14 +994,6 @@ def save(args, name, model, **rest):
             raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
         os.replace(f"{path}.part", path)
 
-
-def run_options(args):
-    """The options that a training run depends on."""
-    others = ("train", "evaluate", "search", "checkpoint", "output", "workers", "device")
-    return {name: value for name, value in vars(args).items() if name not in others}
-
-
-# -------------------------------------------------------------------------------- Several processes
 
 def world():
     """-> rank of this process, number of processes: (0, 1) without torchrun."""
@@ -1061,52 +1022,45 @@ def search(model, tokenizer, records, args, folder):
     paths = [record.image for record in records]
     embeddings = encode_images(model, paths, args.image_size, args.workers, keep_tokens=False)[1]
     text_tokens, mask, text = encode_texts(model, tokenizer, [args.search])
-    dual, best = (embeddings @ text[0] / model.temperature).topk(min(args.rerank, len(paths)))
-    by_dual = [paths[i] for i in best.tolist()]
-    image_tokens = encode_images(model, by_dual, args.image_size, args.workers)[0]
-    match = rerank(model, image_tokens, text_tokens, mask, dual[:, None], len(by_dual))[1][:, 0]
-    order = (match + args.dual_weight * dual.cpu()).argsort(descending=True, stable=True)
-    found = [(by_dual[i], dual[i].item(), match[i].item()) for i in order.tolist()]
+    dual = embeddings @ text.T / model.temperature
+    dual, best = dual.topk(min(args.rerank, len(records)), dim=0)
+    records = [records[i] for i in best[:, 0].tolist()]
+    paths = [record.image for record in records]
+    image_tokens = encode_images(model, paths, args.image_size, args.workers)[0]
+    match = rerank(model, image_tokens, text_tokens, mask, dual, len(paths))[1]
+    scores = match + args.dual_weight * dual.cpu()
+    order = scores[:, 0].argsort(descending=True, stable=True).tolist()
+    found = [(paths[i], dual[i].item(), match[i].item()) for i in order]
     print("   match     dual")
-    for path, dual, match in found:
-        print(f"{match:8.2f} {dual:8.2f}  {path}")
-    draw_rows(Path(args.output or folder, "search.png"),
-              [(args.search, by_dual, [path for path, *_ in found], None)])
+    for path, dual_logit, match_logit in found:
+        print(f"{match_logit:8.2f} {dual_logit:8.2f}  {path}")
+    draw_retrieval(Path(args.output or folder, "search.png"), records, dual, scores, args.search)
     return found
 
 
-def draw_retrieval(path, records, dual_logits, scores, count=6):
-    """Draw some captions whose first image re-ranking has replaced."""
-    captions, rows = [], []
-    for record in records:
-        captions += [(text, record.image) for text in record.captions]
-    changed = (dual_logits.argmax(0) != scores.argmax(0)).nonzero().flatten().tolist()
-    for t in changed[::max(1, len(changed) // count)][:count]:
-        text, right = captions[t]
-        tops = []
-        for matrix in (dual_logits, scores):
-            best = matrix[:, t].argsort(descending=True)[:5]
-            tops.append([records[i].image for i in best.tolist()])
-        rows.append((text, *tops, right))
-    draw_rows(path, rows)
-
-
-def draw_rows(path, rows, side=96):
-    """Picture with a row per query: its five best images by the dual encoder (left) and re-ranked
-    (right). rows: [(words, paths, paths, path of the right image, which is framed, or None)]"""
+def draw_retrieval(path, records, dual_logits, scores, words=None, count=6, side=96):
+    """Draw the five best images by the dual encoder (left) and re-ranked (right): for `words`, with
+    scores in column 0, or for some captions whose best image changed; the right one is framed."""
+    queries, shown = [(words, None)], [0]  # (text, path of its image); columns of the scores
+    if words is None:
+        queries = []
+        for record in records:
+            queries += [(caption, record.image) for caption in record.captions]
+        changed = (dual_logits.argmax(0) != scores.argmax(0)).nonzero().flatten().tolist()
+        shown = changed[::max(1, len(changed) // count)][:count]
     step = side + 8
-    canvas = Image.new("RGB", (10 * step + 40, 32 + len(rows) * (step + 30)), "white")
+    canvas = Image.new("RGB", (10 * step + 40, 32 + len(shown) * (step + 30)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
     draw.text((8, 6), "dual encoder's top images", "black", font)
     draw.text((5 * step + 32, 6), "after re-ranking by the cross encoder", "black", font)
-    for number, (words, dual, cross, right) in enumerate(rows):
-        y = 32 + number * (step + 30)
-        draw.text((8, y), words, "black", font)
-        for x, paths in ((8, dual[:5]), (5 * step + 32, cross[:5])):
-            for image in paths:
-                if image == right:
-                    draw.rectangle((x - 4, y + 20, x + side + 3, y + 27 + side), "limegreen")
-                canvas.paste(read_image(image).resize((side, side)), (x, y + 24))
+    for y, t in zip(range(32, canvas.height, step + 30), shown):
+        text, right = queries[t]
+        draw.text((8, y), text, "black", font)
+        for x, matrix in ((4, dual_logits), (5 * step + 28, scores)):
+            for i in matrix[:, t].argsort(descending=True, stable=True)[:5].tolist():
+                image = read_image(records[i].image).resize((side, side))
+                frame = "limegreen" if records[i].image == right else "white"
+                canvas.paste(ImageOps.expand(image, 4, frame), (x, y + 20))
                 x += step
     canvas.save(path)
     print(f"picture {path}")
@@ -1121,22 +1075,20 @@ def argument_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog=f"Other defaults: {PRESETS}; and with a checkpoint as --init: {TRAINED_START}")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    positive, whole, share, weight = (number(*limits) for limits in (
-        (int, 1), (int, 0), (float, 0, 1), (float, 0)))
-    # what to do
+    positive, whole = number(int, 1), number(int, 0)
+    count_or_all = number(int, 1, words={"all": 10 ** 9})
+    share, weight = number(float, 0, 1), number(float, 0)
     add("--train", action="store_true", help="train, or go on, and test the best epoch")
     add("--evaluate", action="store_true", help="test --checkpoint")
     add("--search", metavar="WORDS", help="find images in the test split or in the folder --images")
     add("--checkpoint", help="to evaluate or search with; runs/DATA/best.pt if not given")
     add("--output", help="folder to write to; training has runs/DATA if not given, others none")
-    add("--rerank", type=shortlist, default=16, help="length of shortlists, or all")
+    add("--rerank", type=count_or_all, default=16, help="length of shortlists, or all")
     add("--dual-weight", type=weight, default=1.0, help="of dual logits, added to match logits")
-    # data
-    add("--data", nargs="+", type=data_name, help="toy (if not given), flickr30k, coco, or files")
+    add("--data", nargs="+", help="toy (if not given), flickr30k, coco, or files")
     add("--images", type=os.path.abspath, help="folder that image paths start from")
     add("--augment", action=switch, default=True, help="crop, flip and RandAugment")
     add("--workers", type=whole, default=min(8, os.cpu_count()), help="that load images")
-    # model
     add("--image-model", default="facebook/deit-base-patch16-224", help="transformers name or path")
     add("--text-model", default="google-bert/bert-base-uncased", help="a BERT, name or path")
     add("--text-layers", type=positive, default=6, help="of the BERT; the rest cross-attend")
@@ -1144,7 +1096,6 @@ def argument_parser():
     add("--init", default="backbones", help="start from pre-trained backbones, from scratch, from "
         "albef (downloaded), or from a checkpoint of loopitr.py or ALBEF")
     add("--freeze-image", action="store_true", help="no gradient for the image encoder")
-    # the loop
     add("--negatives", type=positive, default=1, help="m, hard negatives per image and per text")
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
     add("--random-first", type=share, default=0.3, help="share of training with random negatives")
@@ -1154,7 +1105,6 @@ def argument_parser():
     add("--distill-temperature", type=number(float, 0.001), default=0.5, help="of teacher; kl: 1")
     add("--distill-from", type=share, default=0.4, help="share of training before distillation")
     add("--matching-weight", type=weight, default=1.0, help="in the total loss")
-    # optimisation
     add("--epochs", type=positive, default=10, help="passes over all captions")
     add("--batch-size", type=positive, default=256, help="captions with images, of all processes")
     add("--lr", type=share, default=1e-5, help="peak learning rate of the backbones")
@@ -1166,10 +1116,10 @@ def argument_parser():
     return parser
 
 
-def number(kind, low, high=1e9):
-    """Type of an option: a number from low to high, which NaN and infinity are not."""
+def number(kind, low, high=1e9, words={}):
+    """Type of an option: a number from low to high, which NaN and infinity are not, or a word."""
     def parse(text):
-        value = kind(text)
+        value = words[text] if text in words else kind(text)
         if not low <= value <= high:
             raise ValueError
         return value
@@ -1177,62 +1127,49 @@ def number(kind, low, high=1e9):
     return parse
 
 
-def shortlist(text):
-    """Type of --rerank; "all" is more than any gallery has."""
-    return 10 ** 9 if text == "all" else number(int, 1)(text)
-
-
-def data_name(text):
-    """Type of --data: a name that is known, or the path of a file, whatever the working folder."""
-    return text if text in PRESETS else os.path.abspath(text)
-
-
 def parse_arguments(argv):
-    """-> args, content of the checkpoint to start from or None. The command line beats PRESETS and
-    TRAINED_START, or the options of the run to evaluate, and these beat the defaults. InputError
-    when --output holds another run."""
+    """-> args, content of the checkpoint to start from or None. The command line beats PRESETS, or
+    the options of the run to evaluate. InputError when --output holds another run."""
     parser = argument_parser()
     args = parser.parse_args(argv)
     if args.train + args.evaluate + bool(args.search) != 1:
         parser.error("give one of --train, --evaluate and --search")
     name = args.data[0] if args.data else "toy"
-    settings = {"data": [name], "root": os.path.abspath("data")} | PRESETS.get(name, {})
     run = f"runs/{Path(name).stem}"
     last = Path(args.output or run, "last.pt")
+    here, preset = {"data": [name], "root": os.path.abspath("data")}, PRESETS.get(name, {})
+    parser.set_defaults(**here | preset)
     if args.train:
-        parser.set_defaults(output=run, **settings)
+        parser.set_defaults(output=run)
         init = parser.parse_args(argv).init
         start = {"backbones": None, "scratch": None, "albef": "data/ALBEF_4M.pth"}.get(init, init)
         if start:
-            settings = TRAINED_START | settings
+            parser.set_defaults(**TRAINED_START | preset)
         start = last if last.exists() else start
+        checkpoint = load_checkpoint(start) if start else None
     else:
-        start = args.checkpoint or f"{run}/best.pt"
-    checkpoint = load_checkpoint(start) if start else None
-    if not args.train:
-        settings |= checkpoint.get("options", {})  # ALBEF's has none
-        if args.data:  # the run's --images does not hold for these
-            settings |= {"root": os.path.abspath("data"), "images": None}
+        checkpoint = load_checkpoint(args.checkpoint or f"{run}/best.pt")
+        parser.set_defaults(**checkpoint.get("options", {}))  # ALBEF's has none
+        if args.data:
+            parser.set_defaults(**here, images=None)  # the run's --images does not hold for these
         elif args.search and args.images:
-            settings["data"] = ["folder"]
-    parser.set_defaults(**settings)
+            parser.set_defaults(data=[])
     args = parser.parse_args(argv)
+    args.data = [name if name in PRESETS else os.path.abspath(name) for name in args.data]
     accelerator = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
     args.device = args.device or accelerator or "cpu"
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    if args.train and start == last:
-        stored = checkpoint["options"] | {"root": args.root}
+    others = ("train", "evaluate", "search", "checkpoint", "output", "workers", "device")
+    args.of_run = {name: value for name, value in vars(args).items() if name not in others}
+    if args.output and last.exists():
+        if not args.train:
+            raise InputError(f"--output {args.output} holds a training run, which nothing else "
+                             f"shall replace; to use it: --checkpoint {args.output}/best.pt")
+        stored = checkpoint.get("options", {}) | {"root": args.root}
         other = [f"--{option.replace('_', '-')} {value}" for option, value in stored.items()
-                 if value != getattr(args, option)]
+                 if value != args.of_run.get(option)]
         if other:
             raise InputError(f"{args.output} holds a run with {', '.join(other)}: to go on, give "
                              "these; for a new run, another --output")
-    elif args.output and last.exists():
-        raise InputError(f"--output {args.output} holds a training run, which nothing else shall "
-                         f"replace; to use that run: --checkpoint {args.output}/best.pt")
     return args, checkpoint
 
 
@@ -1250,18 +1187,19 @@ def main(argv=None):
             if args.data == ["toy"]:
                 make_toy_dataset(Path(args.root, "toy"))
             torch.manual_seed(args.seed)
-            model, tokenizer = build_model(args.image_model, args.text_model, args.text_layers,
-                                           args.image_size, checkpoint, args.init == "scratch",
-                                           args.bf16)
+            model, tokenizer = build_model(
+                args.image_model, args.text_model, args.text_layers, args.image_size, checkpoint,
+                args.init == "scratch", args.bf16, args.device)
             splits = load_splits(args)
-        model.to(args.device)
         if args.output:
             Path(args.output).mkdir(parents=True, exist_ok=True)
         if args.search:
             search(model, tokenizer, splits["test"], args, Path(checkpoint["path"]).parent)
         if args.train:
-            resumed = checkpoint and checkpoint["path"] == f"{args.output}/last.pt"
+            resumed = checkpoint and Path(checkpoint["path"]) == Path(args.output, "last.pt")
             train(model, tokenizer, splits, args, checkpoint if resumed else None)
+        if args.train and world()[0] == 0:
+            model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
         if world()[0] == 0 and not args.search:
             report(model, tokenizer, splits["test"], args)
         sys.stdout.flush()
