@@ -15,21 +15,23 @@ pair, so it is slow but accurate. LoopITR puts both into one network and lets ea
 
 The function `loop_losses` is one turn of the loop:
 
-1. The dual encoder learns to find each image's text in the batch and each text's image (ITC).
+1. The dual encoder learns to find each image's text in the batch and each text's image
+   (image-text contrastive loss, ITC).
 2. Its logits choose hard negatives: m wrong texts for each image, m wrong images for each text.
-3. The cross encoder learns to tell the true pairs from these (ITM).
+3. The cross encoder learns to tell the true pairs from these (image-text matching loss, ITM).
 4. The cross encoder's logits of the same candidates are distilled into the dual encoder's.
 
     python loopitr.py --train                                   # toy scenes, minutes on a laptop
     python loopitr.py --data flickr30k --train                  # full size, on a GPU
     python loopitr.py --search "a red circle above a blue square"
 
-Left out of ALBEF, whose recipe this follows: masked language modelling (part of its pre-training),
-momentum encoders and queues (they smooth the targets; the loop can be understood without them).
+The recipe is that of ALBEF (https://arxiv.org/abs/2107.07651), which has both encoders, but no
+feedback. Left out of it: masked language modelling (part of its pre-training), momentum encoders
+and queues (softer targets and more negatives; the loop can be understood without them).
 
-The paper's abstract and tables do not give these, so they are our choices: how and from when on to
-distil; m; random negatives first; the learning rate of new layers; gradient clipping; adding both
-logits in re-ranking.
+We know the paper's abstract and tables. They do not give these, so they are our choices: how and
+from when on to distil; m; random negatives first; the learning rate of new layers; gradient
+clipping; adding both logits in re-ranking.
 
 Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
 D width, E embedding, Q queries, C candidates, m hard negatives.
@@ -137,7 +139,8 @@ def tokenize(tokenizer, captions):
         cleaned.append(re.sub(r"[-/\s]+", " ", caption).replace("<person>", "person").strip())
     text = tokenizer(cleaned, padding=True, padding_side="right", truncation=True, max_length=31,
                      return_tensors="pt")
-    # ALBEF knows no [SEP], which is the last token of each text, so nothing attends to it here.
+    # ALBEF knows no [SEP]. Without its first column, each row of the mask ends one token earlier:
+    # before [SEP], the last token of every text.
     return text["input_ids"][:, :-1], text["attention_mask"][:, 1:]
 
 
@@ -173,9 +176,10 @@ class Attention(nn.Module):
         if places is not None:
             # All texts of an image become one long query to it. So its keys and values, most of
             # the work at 577 image tokens, are projected once and never copied per pair.
-            slots, most = places
-            rows = query.new_zeros(len(source) * most, *query.shape[1:])
-            query = rows.index_copy(0, slots, query).view(len(source), -1, query.shape[2])
+            slots, longest = places
+            padded = query.new_zeros(len(source) * longest, *query.shape[1:])
+            query = padded.index_copy(0, slots, query)  # zeros where an image has fewer texts
+            query = query.view(len(source), -1, query.shape[2])  # (I,longest*L,D)
         if mask is not None:
             mask = mask[:, None, None].bool()  # the same for all heads and queries
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2)
@@ -183,7 +187,7 @@ class Attention(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended = attended.transpose(1, 2).flatten(2)
         if places is not None:
-            attended = attended.view(len(rows), *x.shape[1:]).index_select(0, slots)
+            attended = attended.view(-1, *x.shape[1:]).index_select(0, slots)  # (P,L,D) again
         return self.output(attended, x)
 
 
@@ -206,15 +210,15 @@ class CrossLayer(nn.Module):
 
 class LoopITR(nn.Module):
     """The shared network: a transformers vision model, [CLS] first, and a BertModel, whose layers
-    from `text_layers` on start the cross encoder (ALBEF). bf16: mixed precision, None: where it is
-    not a CPU. InputError when text_layers leaves an encoder no layer, or a model does not fit."""
+    from `text_layers` on start the cross encoder (ALBEF). bf16: mixed precision; None means yes,
+    except on a CPU. InputError when an encoder would have no layer, or a model does not fit."""
 
     def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, bf16=None):
         super().__init__()
         bert, image_width = text_encoder.config, image_encoder.config.hidden_size
         layers = text_encoder.encoder.layer
         if not 0 < text_layers < len(layers):
-            raise InputError(f"--text-layers {text_layers}: give 1 to {len(layers) - 1}")
+            raise InputError(f"--text-layers {text_layers} must be between 1 and {len(layers) - 1}")
         has_cls = any(name.endswith("cls_token") for name, _ in image_encoder.named_parameters())
         if not has_cls or hasattr(image_encoder.config, "mask_ratio"):  # ViTMAE hides most patches
             raise InputError(f"{type(image_encoder).__name__} has no [CLS] that sees all the image")
@@ -284,15 +288,15 @@ class LoopITR(nn.Module):
         image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L); pair p is image
         image_index[p] with text text_index[p]. Pairs may come in any order, at least one.
         """
-        image_tokens = image_tokens.float()
-        # index_select: the backward pass of [text_index] adds up in another order each time.
+        image_tokens = image_tokens.float()  # evaluation keeps tokens in half precision
+        # Not [text_index], whose backward pass adds up in another order each time, on a CPU.
         text, mask = text_tokens.index_select(0, text_index).float(), attention_mask[text_index]
         # Cross-attention wants the pairs in one row per image (see Attention). A pair's column is
-        # the number of pairs with the same image before it; the longest row sets their length.
+        # the number of pairs with the same image before it.
         of_image = F.one_hot(image_index, len(image_tokens))  # (P,I)
         column = (of_image.cumsum(0) * of_image).sum(1) - 1
-        most = int(column.max()) + 1
-        places = image_index * most + column, most
+        longest = int(column.max()) + 1
+        places = (image_index * longest + column, longest)
         with self.autocast():
             for layer in self.cross_encoder:
                 # The match head reads only [CLS], so the last layer computes only [CLS].
@@ -316,12 +320,13 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
     (one image in the batch: none), all queries get fewer, and none ever gets a positive.
     """
     with torch.no_grad():
-        # The largest of logits plus Gumbel noise are an exact draw without replacement from their
-        # softmax. torch.multinomial would need probabilities, which underflow at low temperatures.
+        # The largest of logits plus Gumbel noise, minus the log of an exponential variable, are an
+        # exact draw without replacement from their softmax. ALBEF's torch.multinomial needs
+        # probabilities, which underflow at low temperatures.
         noise = -torch.empty_like(similarity, dtype=torch.float32).exponential_().log()
         scores = {"softmax": similarity + noise, "topk": similarity, "random": noise}[strategy]
-        # Masked before the draw: a softmax over all candidates, with the positives set to zero
-        # afterwards, can leave a row without any weight to draw by.
+        # Masked before the draw: ALBEF sets the positives to zero after the softmax, which can
+        # leave a row without any weight to draw by.
         scores = scores.masked_fill(is_positive, -torch.inf)
         fewest = int((~is_positive).sum(1).min())
         return scores.topk(min(num_negatives, fewest), dim=1).indices
@@ -332,8 +337,8 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
 def contrastive_loss(logits, is_positive):
     """Softmax cross-entropy in both directions; a query's target is spread over its positives.
 
-    logits (B,T): dual logits; is_positive (B,T): bool -> scalar. A query without positives counts
-    as 0. Source: ITC of ALBEF, without momentum targets.
+    logits (B,T): dual logits; is_positive (B,T): bool -> scalar. A query without positives adds
+    0 to the mean. Source: ITC of ALBEF, without momentum targets.
     """
     targets = is_positive.float()
     image_to_text = F.cross_entropy(logits, F.normalize(targets, p=1, dim=1))
@@ -357,15 +362,17 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
     none; ValueError for others. The defaults are those of training. Ours: the paper's formula is
     not known to us.
     """
-    teacher = teacher.detach() / temperature  # detached: the student must not teach its teacher
+    # Detached: the student must not teach its teacher. A temperature of 0.5 doubles match logits,
+    # which lack what the dual logits know already (see `rerank`).
+    teacher = teacher.detach() / temperature
     if objective == "none" or student.shape[1] == 1:  # without negatives there is nothing to learn
-        return student.sum() * 0
+        return student.sum() * 0  # a zero that has a gradient
     if objective == "kl":  # KL(softmax(teacher) || softmax(student)): Hinton et al., 1503.02531
         return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
     if objective == "mse":  # rows are centred, since a constant added to logits means nothing
         return F.mse_loss(student - student.mean(1, keepdim=True),
                           teacher - teacher.mean(1, keepdim=True))
-    if objective == "margin":  # how far each negative lies behind: Margin-MSE, 2010.02666
+    if objective == "margin":  # by how much the positive wins: Margin-MSE, 2010.02666
         return F.mse_loss(student[:, :1] - student[:, 1:], teacher[:, :1] - teacher[:, 1:])
     if objective == "label":  # control without a teacher: what hard negatives alone bring
         return -student.log_softmax(1)[:, 0].mean()
@@ -400,7 +407,7 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     dual_logits = image_embedding @ text_embedding.T / model.temperature.detach()  # (B,B)
     is_positive = image_ids[:, None] == image_ids
     hard_texts = sample_hard_negatives(dual_logits, is_positive, negatives, sampling)  # (B,m)
-    hard_images = sample_hard_negatives(dual_logits.T, is_positive, negatives, sampling)
+    hard_images = sample_hard_negatives(dual_logits.T, is_positive.T, negatives, sampling)
 
     # 3. One pass of the cross encoder over B true pairs, B * m hard texts and B * m hard images.
     m = hard_texts.shape[1]
@@ -426,8 +433,8 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
 # ----------------------------------------------------------------------------------------- Training
 
 def make_optimizer(model, lr, new_lr):
-    """AdamW; weight decay 0.02, none for biases and norms (ALBEF). Layers that no backbone brings
-    along learn at the peak rate new_lr, all others at lr (ours)."""
+    """AdamW; weight decay 0.02, none for biases and norms (ALBEF). Layers without
+    pre-trained weights learn at the peak rate new_lr, all others at lr (ours)."""
     groups = {}  # (peak rate, decay) -> parameters
     for name, parameter in model.named_parameters():
         new = re.search("crossattention|_projection|match_head|temperature", name)
@@ -438,19 +445,21 @@ def make_optimizer(model, lr, new_lr):
 
 
 def train(model, tokenizer, splits, args, saved=None):
-    """Train, keeping in --output best.pt, the best epoch on val, and last.pt, whose content `saved`
-    is, to go on from. InputError when the batch size does not fit, or a gradient is not finite."""
+    """Train, keeping in --output best.pt, the best epoch on val, and last.pt, to go on from, of
+    which `saved` is the content, if there is one. InputError when the batch size does not fit, or a
+    gradient is not finite."""
     rank, processes = world()
     pairs = []  # (image number, path, caption)
     for number, record in enumerate(splits["train"]):
         pairs += [(number, record.image, caption) for caption in record.captions]
     share = args.batch_size // processes
     if args.batch_size % processes or not args.negatives < share <= len(pairs) // processes:
-        raise InputError(f"--batch-size {args.batch_size}: {len(pairs)} captions and {processes} "
-                         f"process(es) need equal shares, larger than --negatives {args.negatives}")
+        raise InputError(f"--batch-size {args.batch_size} must be at most {len(pairs)} captions, "
+                         f"and give {processes} process(es) equal shares of more than --negatives "
+                         f"{args.negatives}")
     sampler = DistributedSampler(pairs, processes, rank, seed=args.seed)  # shuffles for one, too
     transform = image_transform(args.image_size, args.augment)
-    collate = partial(make_batch, transform=transform, tokenizer=tokenizer)
+    collate = partial(make_batch, transform=transform, tokenizer=tokenizer)  # reads the images
     loader = DataLoader(pairs, share, sampler=sampler, num_workers=args.workers, drop_last=True,
                         collate_fn=collate, pin_memory=args.device == "cuda")
     optimizer = make_optimizer(model, args.lr, args.new_lr)
@@ -469,7 +478,7 @@ def train(model, tokenizer, splits, args, saved=None):
     parallel = model
     if processes > 1:  # some parameters may get no gradient, such as DINOv2's mask token
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    while state["validated"] < args.epochs:
+    while state["validated"] < args.epochs:  # each turn trains an epoch, or validates it
         epoch = state["validated"]
         if state["trained"] == epoch:
             # All that is random in an epoch follows from these two, whatever happened before.
@@ -480,7 +489,7 @@ def train(model, tokenizer, splits, args, saved=None):
         else:
             validate(model, tokenizer, splits["val"], state, args)
             state["validated"] += 1
-        # After training and again after validation: an interruption costs no more than one of them.
+        # After training and after validation: an interruption costs no more than one of them.
         save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
 
 
@@ -503,6 +512,7 @@ def train_epoch(model, loader, optimizer, epoch, args):
                        negatives=args.negatives, sampling=sampling, objective=args.distill,
                        distill_temperature=args.distill_temperature)
         # An untrained teacher teaches noise, so distillation waits until it has learned something.
+        # (With --init albef or a checkpoint, neither of the two waits: TRAINED_START.)
         distill_weight = args.distill_weight if progress >= args.distill_from else 0.0
         loss = (losses["contrastive"] + args.matching_weight * losses["matching"]
                 + distill_weight * losses["distillation"])
@@ -510,29 +520,29 @@ def train_epoch(model, loader, optimizer, epoch, args):
         loss.backward()
         # At the high rates that new layers need, training can collapse unclipped.
         if not nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).isfinite():
-            raise InputError(f"the gradient of loss {loss.item()}, step {step + 1}, is not finite: "
-                             "try lower learning rates, with another --output; last.pt, if it "
-                             f"is in {args.output}, has the weights of the last good epoch")
+            raise InputError(f"loss {loss.item()} or its gradient is not finite, step {step + 1}: "
+                             "use lower learning rates and another --output; if there is a "
+                             f"{args.output}/last.pt, it is from before, and good")
         optimizer.step()
         if step % 10 == 9 and world()[0] == 0:
             line = {name: round(value.item(), 5) for name, value in losses.items()}
             bar.set_postfix(line)
             rate = (step + 1 - first) * args.batch_size / (time.perf_counter() - start)
-            temperature = getattr(model, "module", model).temperature.item()
+            temperature = getattr(model, "module", model).temperature.item()  # within DDP, or not
             write_log(args, step=step + 1, epoch=epoch, loss=loss.item(), **line, lr_factor=factor,
                       temperature=temperature, pairs_per_second=rate)
 
 
 def validate(model, tokenizer, records, state, args):
-    """Evaluate on val, in the first process; keep the model as best.pt if none was as good."""
-    if world()[0] > 0:
+    """Evaluate on val, in the first process; keep the model as best.pt if it is the best so far."""
+    if world()[0] > 0:  # the others wait in the next `gather`
         return
     result = evaluate(model, tokenizer, records, args)[0]
     write_log(args, split="val", epoch=state["validated"], **result)
     dual, cross = result["dual"]["rsum"], result["cross"]["rsum"]
     tqdm.write(f"epoch {state['validated'] + 1}/{args.epochs}: rsum on val {dual:.1f} by the dual "
                f"encoder, {cross:.1f} re-ranked")
-    rsum = cross if args.matching_weight else dual  # untrained, the cross encoder has no say
+    rsum = cross if args.matching_weight else dual  # an untrained cross encoder has no say
     if rsum > state["best"]:
         state["best"] = rsum
         save(args, "best.pt", model)
@@ -547,7 +557,7 @@ def recall_at_k(image_to_text, image_of_text, ks=(1, 5, 10), text_to_image=None)
     image_to_text (I,T): scores; text_to_image (I,T), if the other direction has its own;
     image_of_text (T,): the image that each text belongs to -> dict. A wrong candidate that ties
     with the best right one, or is not a number, counts as ahead of it, so that a constant scorer
-    gets 0. Images without captions ask no question.
+    gets 0. Images without captions are no queries.
     """
     text_to_image = image_to_text if text_to_image is None else text_to_image
     images = torch.arange(len(image_to_text), device=image_to_text.device)
@@ -602,11 +612,11 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     image_to_text, text_to_image (I,T), on the CPU: match logit + dual_weight * dual score for the
     k best texts of each image, or the k best images of each text; all others below, in dual order.
     dual_weight is ours: trained on negatives drawn by dual scores, the cross encoder does not learn
-    what these know already. pairs_per_pass bounds the memory that is used on the device.
+    what these capture already. pairs_per_pass bounds the memory that is used on the device.
     """
     model.eval()
-    # The k-th best and all that tie with it: leaving some out would break ties, which is a gain
-    # that no encoder has earned.
+    # The k-th best and all that tie with it: leaving some of them out would break ties, and a cross
+    # encoder that says nothing would seem to gain.
     best_texts = dual_scores >= dual_scores.topk(min(k, dual_scores.shape[1]), 1).values[:, -1:]
     best_images = dual_scores >= dual_scores.topk(min(k, dual_scores.shape[0]), 0).values[-1:]
     shortlisted = best_texts | best_images  # a pair that is in both is computed once
@@ -618,7 +628,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
         longest = int(length[texts].max())
         # Sorted by image, so that a pass has few of them.
         passes = shortlisted[:, texts].nonzero().split(pairs_per_pass)
-        for part in tqdm(passes, "re-ranking", leave=False, disable=None):  # one of four
+        for part in tqdm(passes, "re-ranking", leave=False, disable=None):  # four bars
             image_index, text_index = part[:, 0], texts[part[:, 1]]
             first, last = int(image_index[0]), int(image_index[-1])
             match_logits[image_index, text_index] = model.match(
@@ -626,7 +636,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
                 attention_mask[:, :longest], image_index - first, text_index)
     scores = (match_logits + dual_weight * dual_scores).cpu().double()
     dual_scores, lowest = dual_scores.cpu().double(), scores[shortlisted.cpu()].min()
-    below = dual_scores - dual_scores.max() + lowest - 1
+    below = dual_scores - dual_scores.max() + lowest - 1  # under all that is re-ranked
     return (torch.where(best_texts.cpu(), scores, below),
             torch.where(best_images.cpu(), scores, below))
 
@@ -703,9 +713,9 @@ def load_captions(path, images=None):
                 image, split = Path(row.get("filepath", ""), row["filename"]), row["split"]
                 captions = [sentence["raw"] for sentence in row["sentences"]]
             else:
-                image, (split,), captions = row["image"], named, row["caption"]
+                image, (split,), captions = row["image"], named, row["caption"]  # exactly one name
                 captions = [captions] if isinstance(captions, str) else captions
-            captions = [caption.strip() for caption in captions[:]]  # a list, not a dictionary
+            captions = [caption.strip() for caption in captions[:]]  # TypeError for a dictionary
             if not captions or not all(captions):
                 raise ValueError(f"{image} has a blank caption or none")
             " ".join([str(image), *captions]).encode()  # half a surrogate pair is no text
@@ -748,8 +758,8 @@ def load_splits(args):
         missing = [record.image for record in records if not os.path.isfile(record.image)]
         if missing or not records:
             raise InputError(f"{split} split: {len(missing)} of {len(records)} images are missing "
-                             f"{missing[:1]}; --images names the folder that paths start from; "
-                             "delete a folder that was unpacked in part, to fetch it again")
+                             f"{missing[:1]}: --images names the folder that their paths start "
+                             "from; if a download was unpacked in part, delete its folder")
     return splits
 
 
@@ -784,8 +794,8 @@ def fetch(url, folder):
             part.unlink(missing_ok=True)
             archive.unlink(missing_ok=True)
         shutil.rmtree(unpacked, ignore_errors=True)
-        raise InputError(f"{url} failed, or was not what it should be ({error}): repeat the "
-                         f"command, or download it by other means to {archive}") from None
+        raise InputError(f"{url} failed or is damaged ({error}): repeat the command, or download "
+                         f"it by other means to {archive}") from None
     return target
 
 
@@ -1007,8 +1017,8 @@ def gather(x):
         return x
     parts = [torch.empty_like(x) for _ in range(processes)]
     dist.all_gather(parts, x.detach().contiguous())
-    # Every process computes the same loss of the whole, but only its own part has a gradient. These
-    # are to be summed, and DistributedDataParallel takes their mean: hence the factor.
+    # Every process computes the same loss of the whole, but only its own part has a gradient. The
+    # gradients of all must be summed, and DistributedDataParallel averages: hence the factor.
     parts[rank] = x + (processes - 1) * (x - x.detach())
     return torch.cat(parts)
 
@@ -1078,20 +1088,20 @@ def argument_parser():
     positive, whole = number(int, 1), number(int, 0)
     count_or_all = number(int, 1, words={"all": 10 ** 9})
     share, weight = number(float, 0, 1), number(float, 0)
-    add("--train", action="store_true", help="train, or go on, and test the best epoch")
+    add("--train", action="store_true", help="train, or resume, then test the best epoch")
     add("--evaluate", action="store_true", help="test --checkpoint")
     add("--search", metavar="WORDS", help="find images in the test split or in the folder --images")
     add("--checkpoint", help="to evaluate or search with; runs/DATA/best.pt if not given")
-    add("--output", help="folder to write to; training has runs/DATA if not given, others none")
-    add("--rerank", type=count_or_all, default=16, help="length of shortlists, or all")
-    add("--dual-weight", type=weight, default=1.0, help="of dual logits, added to match logits")
-    add("--data", nargs="+", help="toy (if not given), flickr30k, coco, or files")
+    add("--output", help="folder to write to; if not given, runs/DATA for training, else none")
+    add("--rerank", type=count_or_all, default=16, help="candidates per query to re-rank, or all")
+    add("--dual-weight", type=weight, default=1.0, help="of dual logits, added in re-ranking")
+    add("--data", nargs="+", help="toy (if not given), flickr30k, coco or captions files")
     add("--images", type=os.path.abspath, help="folder that image paths start from")
     add("--augment", action=switch, default=True, help="crop, flip and RandAugment")
-    add("--workers", type=whole, default=min(8, os.cpu_count()), help="that load images")
+    add("--workers", type=whole, default=min(8, os.cpu_count()), help="processes that load images")
     add("--image-model", default="facebook/deit-base-patch16-224", help="transformers name or path")
     add("--text-model", default="google-bert/bert-base-uncased", help="a BERT, name or path")
-    add("--text-layers", type=positive, default=6, help="of the BERT; the rest cross-attend")
+    add("--text-layers", type=positive, default=6, help="of BERT; the rest: cross encoder")
     add("--image-size", type=positive, default=384, help="pixels")
     add("--init", default="backbones", help="start from pre-trained backbones, from scratch, from "
         "albef (downloaded), or from a checkpoint of loopitr.py or ALBEF")
@@ -1108,10 +1118,10 @@ def argument_parser():
     add("--epochs", type=positive, default=10, help="passes over all captions")
     add("--batch-size", type=positive, default=256, help="captions with images, of all processes")
     add("--lr", type=share, default=1e-5, help="peak learning rate of the backbones")
-    add("--new-lr", type=share, default=1e-4, help="of cross-attention, projections, match head")
+    add("--new-lr", type=share, default=1e-4, help="peak learning rate of all new layers")
     add("--grad-checkpointing", action=switch, default=False, help="less memory, slower")
     add("--seed", type=whole, default=0, help="of weights, batches, negatives and augmentation")
-    add("--device", help="an accelerator, if there is one, else cpu, if not given")
+    add("--device", help="an accelerator if present, else cpu, if not given")
     add("--bf16", action=switch, help="mixed precision; on accelerators if not given")
     return parser
 
@@ -1162,8 +1172,8 @@ def parse_arguments(argv):
     args.of_run = {name: value for name, value in vars(args).items() if name not in others}
     if args.output and last.exists():
         if not args.train:
-            raise InputError(f"--output {args.output} holds a training run, which nothing else "
-                             f"shall replace; to use it: --checkpoint {args.output}/best.pt")
+            raise InputError(f"--output {args.output} holds a training run, which only --train "
+                             f"may change; to use it: --checkpoint {args.output}/best.pt")
         stored = checkpoint.get("options", {}) | {"root": args.root}
         other = [f"--{option.replace('_', '-')} {value}" for option, value in stored.items()
                  if value != args.of_run.get(option)]

@@ -2,11 +2,13 @@
 """Each function against an oracle written the slow and obvious way, then the real command line on
 tiny data that the tests draw. Offline; `pytest` runs them all."""
 import http.server
+import inspect
 import io
 import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -783,7 +785,7 @@ def test_a_run_with_other_options_is_refused_and_left_as_it_is(here, trained, ca
                                ("--data", "x.json", "--data ['toy']")):
         fails(capsys, command(tmp_path / "run", option, value), old, "--output")
     fails(capsys, ["--evaluate", "--output", tmp_path / "run", "--checkpoint",
-                   tmp_path / "run" / "best.pt"], "--output", "nothing else")
+                   tmp_path / "run" / "best.pt"], "--output", "only --train")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
 
 
@@ -1014,6 +1016,7 @@ def test_errors_of_the_command_line(here, tmp_path, capsys, trained):
     train = command(tmp_path / "new")
     fails(capsys, [*train, "--negatives", "16"], "--negatives 16")
     fails(capsys, [*train, "--batch-size", "100"], "--batch-size 100", "80 captions")
+    fails(capsys, [*train, "--device", "nowhere"], "nowhere")
     fails(capsys, [*train, "--text-layers", "4"], "--text-layers 4")
     fails(capsys, [*train, "--text-model", tmp_path / "none"], "none")
     fails(capsys, [*train, "--text-model", "data/toy/image-model"], "cannot load")
@@ -1526,7 +1529,7 @@ def test_what_is_no_zip_of_the_folder_is_told_apart_and_deleted(server, tmp_path
     offer_flickr30k(server)
     good = server.files["flickr30k-images.zip"]
     server.files["flickr30k-images.zip"] = content
-    with pytest.raises(loopitr.InputError, match=f"not what it should be.*({message})"):
+    with pytest.raises(loopitr.InputError, match=f"is damaged.*({message})"):
         load("flickr30k", tmp_path)
     assert "flickr30k-images" not in names_in(tmp_path / "flickr30k")
     server.files["flickr30k-images.zip"] = good
@@ -1859,3 +1862,34 @@ def test_a_broken_image_ends_all_processes(here, tmp_path):
         filename=str(tmp_path / "broken.png")))
     done = run([*command(tmp_path / "out"), *own_data(path)], here, TORCHRUN)
     assert done.returncode and "cannot be read as an image" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------
+# What the README and the docstrings promise
+
+
+def test_every_function_and_option_that_the_readme_names_exists():
+    text = Path(loopitr.__file__).with_name("README.md").read_text()
+    parts = [re.search(rf"## {title}.*?(?=\n## )", text, re.S)[0] for title in (
+        "Where to find what", "Implementation details", "Copying pieces")]
+    names = set(re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)`", "".join(parts))) - {
+        "F", "SPDX", "places", "match", "eval", "device", "cross_encoder", "match_head"}
+    assert names >= {"LoopITR", "sample_hard_negatives", "loop_losses", "distillation_loss", "gather",
+                     "rerank", "recall_at_k", "evaluate", "tokenize", "LoopITR.match"}
+    for name in names:
+        thing = loopitr
+        for part in name.split("."):
+            thing = getattr(thing, part)
+    options = set(re.findall(r"`?(--[a-z][a-z-]+[a-z0-9])", text)) - {"--nproc", "--shm-size"}
+    known = {option for action in loopitr.argument_parser()._actions
+             for option in action.option_strings}
+    assert options - {"--nproc_per_node"} <= known
+
+
+def test_what_a_reader_copies_has_the_defaults_of_training():
+    defaults = {name: parameter.default for function in (distillation_loss, loop_losses)
+                for name, parameter in inspect.signature(function).parameters.items()}
+    args = loopitr.argument_parser().parse_args([])
+    assert (defaults["objective"], defaults["temperature"], defaults["distill_temperature"]) == (
+        args.distill, args.distill_temperature, args.distill_temperature)
+    assert (defaults["negatives"], defaults["sampling"]) == (args.negatives, args.sampling)
