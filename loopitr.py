@@ -61,7 +61,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import InterpolationMode, v2
@@ -303,7 +303,7 @@ class LoopITR(nn.Module):
                 x = text[:, :1] if layer is self.cross_encoder[-1] else text
                 inputs = x, text, mask, image_tokens, places
                 if self.grad_checkpointing and self.training:
-                    text = checkpoint(layer, *inputs, use_reentrant=False)
+                    text = recompute(layer, *inputs, use_reentrant=False)
                 else:
                     text = layer(*inputs)
         return self.match_head(text[:, 0].float()).squeeze(1)
