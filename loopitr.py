@@ -757,7 +757,7 @@ def load_splits(args):
     for split, records in splits.items():
         missing = [record.image for record in records if not os.path.isfile(record.image)]
         if missing or not records:
-            raise InputError(f"{split} split: {len(missing)} of {len(records)} images are missing "
+            raise InputError(f"{split} split: of {len(records)} images {len(missing)} are missing "
                              f"{missing[:1]}: --images names the folder that their paths start "
                              "from; if a download was unpacked in part, delete its folder")
     return splits
@@ -1145,6 +1145,8 @@ def parse_arguments(argv):
     if args.train + args.evaluate + bool(args.search) != 1:
         parser.error("give one of --train, --evaluate and --search")
     name = args.data[0] if args.data else "toy"
+    if name in PRESETS and args.data and len(args.data) > 1:
+        parser.error(f"--data {name} takes no other files")
     run = f"runs/{Path(name).stem}"
     last = Path(args.output or run, "last.pt")
     here, preset = {"data": [name], "root": os.path.abspath("data")}, PRESETS.get(name, {})
@@ -1170,16 +1172,19 @@ def parse_arguments(argv):
     args.device = args.device or accelerator or "cpu"
     others = ("train", "evaluate", "search", "checkpoint", "output", "workers", "device")
     args.of_run = {name: value for name, value in vars(args).items() if name not in others}
-    if args.output and last.exists():
-        if not args.train:
-            raise InputError(f"--output {args.output} holds a training run, which only --train "
-                             f"may change; to use it: --checkpoint {args.output}/best.pt")
+    if not args.train and args.output and last.exists():
+        raise InputError(f"--output {args.output} holds a training run, which only --train may "
+                         f"change; to use it: --checkpoint {args.output}/best.pt")
+    if args.train and last.exists():
         stored = checkpoint.get("options", {}) | {"root": args.root}
         other = [f"--{option.replace('_', '-')} {value}" for option, value in stored.items()
                  if value != args.of_run.get(option)]
         if other:
             raise InputError(f"{args.output} holds a run with {', '.join(other)}: to go on, give "
                              "these; for a new run, another --output")
+    elif args.train and last.with_name("best.pt").exists():
+        raise InputError(f"{args.output} holds a best.pt, but no last.pt to go on from: give "
+                         "another --output")
     return args, checkpoint
 
 

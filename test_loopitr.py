@@ -794,6 +794,8 @@ def test_a_run_with_other_options_is_refused_and_left_as_it_is(here, trained, ca
     fails(capsys, ["--evaluate", "--output", tmp_path / "run", "--checkpoint",
                    tmp_path / "run" / "best.pt"], "--output", "only --train")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    (tmp_path / "run" / "last.pt").unlink()
+    fails(capsys, command(tmp_path / "run"), "no last.pt", "--output")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -1047,7 +1049,7 @@ def test_errors_of_the_command_line(here, tmp_path, capsys, trained):
 
 @pytest.mark.parametrize("arguments", [
     [], ["--train", "--evaluate"], ["--train", "--negatives", "few"], ["--train", "--unknown"],
-    ["--train", "--distill", "rank"]])
+    ["--train", "--distill", "rank"], ["--train", "--data", "toy", "more.json"]])
 def test_a_wrong_option_is_one_line_too(capsys, arguments):
     with pytest.raises(SystemExit, match="2"):
         loopitr.main(arguments)
@@ -1059,10 +1061,10 @@ def test_errors_of_captions_and_images(here, tmp_path, capsys):
     fails(capsys, [*train, tmp_path / "none.json"], "none.json")
     path = toy_without(here, tmp_path, lambda images: [
         images.remove(entry) for entry in list(images) if entry["split"] == "val"])
-    fails(capsys, [*train, path], "val split: 0 of 0 images")
+    fails(capsys, [*train, path], "val split: of 0 images")
     path = toy_without(here, tmp_path, lambda images: [
         entry.update(filename=f"gone{n}") for n, entry in enumerate(images[:5])])
-    line = fails(capsys, [*train, path], "5 of 40 images are missing", "gone0")
+    line = fails(capsys, [*train, path], "of 40 images 5 are missing", "gone0")
     assert "gone1" not in line
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     path = toy_without(here, tmp_path, lambda images: images[3].update(
@@ -1264,7 +1266,8 @@ def test_pre_trained_weights_that_do_not_arrive_are_an_error(tmp_path):
     ("--lr", "nan"), ("--lr", "-1"), ("--new-lr", "inf"), ("--image-size", "0"), ("--epochs", "0"),
     ("--batch-size", "-8"), ("--negatives", "0"), ("--text-layers", "0"), ("--workers", "-1"),
     ("--seed", "1" + 40 * "0"), ("--seed", "-1"), ("--random-first", "nan"),
-    ("--distill-from", "2"), ("--distill-weight", "nan"), ("--distill-temperature", "0"), ("--matching-weight", "-1"),
+    ("--distill-from", "2"), ("--distill-weight", "nan"), ("--distill-temperature", "0"),
+    ("--matching-weight", "-1"),
     ("--dual-weight", "inf"), ("--rerank", "0"), ("--rerank", "some"), ("--rerank", "2.5")])
 def test_numbers_out_of_range_are_one_line(capsys, option, value):
     with pytest.raises(SystemExit, match="2"):
@@ -1576,7 +1579,7 @@ def test_photos_that_are_missing_from_a_folder_name_it(server, tmp_path):
     offer_flickr30k(server)
     load("flickr30k", tmp_path)
     (tmp_path / "flickr30k" / "flickr30k-images" / "val.jpg").unlink()
-    with pytest.raises(loopitr.InputError, match="val split: 1 of 1 .*flickr30k-images/val.jpg.*"
+    with pytest.raises(loopitr.InputError, match="val split: of 1 images 1 are missing .*flickr30k-images/val.jpg.*"
                        "delete a folder"):
         load("flickr30k", tmp_path)
 
@@ -1892,8 +1895,8 @@ def test_every_function_and_option_that_the_readme_names_exists():
         "Where to find what", "Implementation details", "Copying pieces")]
     names = set(re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)`", "".join(parts))) - {
         "F", "SPDX", "places", "match", "eval", "device", "cross_encoder", "match_head"}
-    assert names >= {"LoopITR", "sample_hard_negatives", "loop_losses", "distillation_loss", "gather",
-                     "rerank", "recall_at_k", "evaluate", "tokenize", "LoopITR.match"}
+    assert names >= {"LoopITR", "sample_hard_negatives", "loop_losses", "distillation_loss",
+                     "gather", "rerank", "recall_at_k", "evaluate", "tokenize", "LoopITR.match"}
     for name in names:
         thing = loopitr
         for part in name.split("."):
