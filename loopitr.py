@@ -1199,7 +1199,7 @@ def main(argv=None):
         # One process of each machine draws and downloads what the others then find.
         with torch_distributed_zero_first(int(os.environ.get("LOCAL_RANK", -1))):
             args, checkpoint = parse_arguments(argv)
-            if args.data == ["toy"]:
+            if args.data == ["toy"]:  # it configures the backbones, too
                 make_toy_dataset(Path(args.root, "toy"))
             torch.manual_seed(args.seed)
             model, tokenizer = build_model(
@@ -1213,9 +1213,9 @@ def main(argv=None):
         if args.train:
             resumed = checkpoint and Path(checkpoint["path"]) == Path(args.output, "last.pt")
             train(model, tokenizer, splits, args, checkpoint if resumed else None)
-        if args.train and world()[0] == 0:
-            model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
         if world()[0] == 0 and not args.search:
+            if args.train:
+                model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
             report(model, tokenizer, splits["test"], args)
         sys.stdout.flush()
         return 0
