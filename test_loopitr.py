@@ -603,7 +603,7 @@ def test_captions_are_tokenized_as_albefs(tmp_path):
                      "shirt", "t"]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
-    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=False)
     ids, mask = loopitr.tokenize(tokenizer, captions)
     assert ids.shape == mask.shape == (5, 30)
     for caption, row, attended in zip(captions, ids.tolist(), mask.tolist()):
@@ -849,6 +849,14 @@ def test_a_huge_dual_weight_leaves_the_dual_order(here, trained, capsys):
         assert (dual[2:] == cross[2:]) == equal
 
 
+def test_each_direction_is_ranked_by_its_own_matrix(here, trained, capsys, monkeypatch):
+    right = torch.eye(12).repeat_interleave(2, dim=1)  # two captions of each image
+    monkeypatch.setattr(loopitr, "rerank", lambda *_: (right, -right))
+    assert loopitr.main(["--evaluate", "--checkpoint", str(trained[0] / "best.pt")]) == 0
+    _, cross = table_of(capsys.readouterr().out)
+    assert (cross[2], cross[5]) == ("100.0", "0.0")  # TR@1, IR@1
+
+
 def test_another_seed_gives_another_run(here, trained, tmp_path):
     assert loopitr.main(command(tmp_path, "--seed", 1)) == 0
     assert not same(tmp_path, trained[0])
@@ -904,6 +912,7 @@ def test_presets_and_the_start_decide_defaults_and_help_shows_them(here, capsys,
     assert options("flickr30k", "--init", "backbones")[:5] == (None, 1e-4, 0.3, 0.4, 4)
     assert options("own.json", "--init", "albef", "--new-lr", "1")[1] == 1
     assert options("toy")[:4] == (None, 1e-3, 0.0, 0.4)
+    assert options("toy", "--init", "ours.pt")[:4] == ("ours.pt", 1e-3, 0.0, 0.0)
     with pytest.raises(SystemExit, match="0"):
         loopitr.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -1043,7 +1052,7 @@ def test_errors_of_the_command_line(here, tmp_path, capsys, trained):
           "text.pt is damaged, or no checkpoint")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "foreign.pt"], "foreign.pt is damaged")
-    torch.save({"model": os.getcwd}, tmp_path / "pickled.pt")
+    torch.save({"model": {"a": os.getcwd}, "options": {}}, tmp_path / "pickled.pt")
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "pickled.pt"], "pickled.pt is damaged")
 
 
