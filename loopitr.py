@@ -37,8 +37,6 @@ Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens
 D width, E embedding, Q queries, C candidates, m hard negatives.
 """
 import argparse
-import http.client
-import inspect
 import json
 import math
 import os
@@ -49,8 +47,8 @@ import signal
 import sys
 import time
 import urllib.request
-import zipfile
 from collections import namedtuple
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -91,6 +89,18 @@ class InputError(Exception):
     """Something that the user can fix: `main` prints it as one line instead of a traceback."""
 
 
+@contextmanager
+def input_errors(problem):
+    """Turns whatever goes wrong inside, where a file or a model is read, into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # damaged and foreign files raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{problem}: {type(error).__name__}: {reason}") from error
+
+
 # -------------------------------------------------------------------------------------- Data loader
 
 Record = namedtuple("Record", ["image", "captions"])  # path of one image, list of its captions
@@ -118,12 +128,9 @@ def image_transform(size, augment=False):
 
 
 def read_image(path):
-    """-> RGB image, turned as its EXIF data say. InputError names a file that is no image."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # decoders of damaged files may raise anything
-        raise InputError(f"{path} cannot be read as an image: {error}") from None
+    """-> RGB image, turned as its EXIF data say"""
+    with input_errors(f"{path} cannot be read as an image"), Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def load_images(paths, transform):
@@ -268,12 +275,10 @@ class LoopITR(nn.Module):
 
     def encode_image(self, pixels):
         """pixels (B,3,H,W) -> tokens (B,N,D), unit embedding (B,E). Position embeddings are
-        interpolated to H and W where the model can: ViT, DeiT, and DINOv2 without being asked."""
-        options = {}
-        if "interpolate_pos_encoding" in inspect.signature(self.image_encoder.forward).parameters:
-            options["interpolate_pos_encoding"] = True
+        interpolated to H and W, by DINOv2 without being asked."""
         with self.autocast():
-            tokens = self.image_encoder(pixels, **options).last_hidden_state.float()
+            output = self.image_encoder(pixels, interpolate_pos_encoding=True)
+            tokens = output.last_hidden_state.float()
         return tokens, F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def encode_text(self, input_ids, attention_mask):
@@ -454,9 +459,8 @@ def train(model, tokenizer, splits, args, saved=None):
         pairs += [(number, record.image, caption) for caption in record.captions]
     share = args.batch_size // processes
     if args.batch_size % processes or not args.negatives < share <= len(pairs) // processes:
-        raise InputError(f"--batch-size {args.batch_size} must be at most {len(pairs)} captions, "
-                         f"and give {processes} process(es) equal shares of more than --negatives "
-                         f"{args.negatives}")
+        raise InputError(f"--batch-size {args.batch_size} must give {processes} process(es) equal "
+                         f"shares of {len(pairs)} captions, more than --negatives {args.negatives}")
     sampler = DistributedSampler(pairs, processes, rank, seed=args.seed)  # shuffles for one, too
     transform = image_transform(args.image_size, args.augment)
     collate = partial(make_batch, transform=transform, tokenizer=tokenizer)  # reads the images
@@ -465,11 +469,9 @@ def train(model, tokenizer, splits, args, saved=None):
     optimizer = make_optimizer(model, args.lr, args.new_lr)
     state = {"trained": 0, "validated": 0, "best": -1.0}  # epochs, epochs, rsum on val
     if saved:
-        try:
+        with input_errors(f"{saved['path']} is damaged"):
             optimizer.load_state_dict(saved["optimizer"])
-            state = {name: saved["state"][name] for name in state}
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{saved['path']} is damaged: {error!r}") from None
+            state = saved["state"]
     if rank == 0:
         start_run(model, tokenizer, splits, args, saved)
     model.image_encoder.requires_grad_(not args.freeze_image)
@@ -478,18 +480,22 @@ def train(model, tokenizer, splits, args, saved=None):
     parallel = model
     if processes > 1:  # some parameters may get no gradient, such as DINOv2's mask token
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    while state["validated"] < args.epochs:  # each turn trains an epoch, or validates it
-        epoch = state["validated"]
+    for epoch in range(state["validated"], args.epochs):
         if state["trained"] == epoch:
             # All that is random in an epoch follows from these two, whatever happened before.
             sampler.set_epoch(epoch)
             torch.manual_seed(1_000_000 * args.seed + 1_000 * epoch + rank)
             train_epoch(parallel, loader, optimizer, epoch, args)
             state["trained"] += 1
-        else:
-            validate(model, tokenizer, splits["val"], state, args)
-            state["validated"] += 1
-        # After training and after validation: an interruption costs no more than one of them.
+            save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
+        if rank == 0:  # the others wait in their next `gather`
+            result = evaluate(model, tokenizer, splits["val"], args, "val", epoch)[0]
+            # An untrained cross encoder has no say.
+            rsum = result["cross" if args.matching_weight else "dual"]["rsum"]
+            if rsum > state["best"]:
+                state["best"] = rsum
+                save(args, "best.pt", model)
+        state["validated"] += 1
         save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
 
 
@@ -531,21 +537,6 @@ def train_epoch(model, loader, optimizer, epoch, args):
             temperature = getattr(model, "module", model).temperature.item()  # within DDP, or not
             write_log(args, step=step + 1, epoch=epoch, loss=loss.item(), **line, lr_factor=factor,
                       temperature=temperature, pairs_per_second=rate)
-
-
-def validate(model, tokenizer, records, state, args):
-    """Evaluate on val, in the first process; keep the model as best.pt if it is the best so far."""
-    if world()[0] > 0:  # the others wait in the next `gather`
-        return
-    result = evaluate(model, tokenizer, records, args)[0]
-    write_log(args, split="val", epoch=state["validated"], **result)
-    dual, cross = result["dual"]["rsum"], result["cross"]["rsum"]
-    tqdm.write(f"epoch {state['validated'] + 1}/{args.epochs}: rsum on val {dual:.1f} by the dual "
-               f"encoder, {cross:.1f} re-ranked")
-    rsum = cross if args.matching_weight else dual  # an untrained cross encoder has no say
-    if rsum > state["best"]:
-        state["best"] = rsum
-        save(args, "best.pt", model)
 
 
 # --------------------------------------------------------------------------------------- Evaluation
@@ -642,44 +633,38 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, records, args):
-    """Recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top --rerank.
+def evaluate(model, tokenizer, records, args, split="test", epoch=None):
+    """Recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top --rerank:
+    printed, with --output also logged. The cross encoder's seconds include the dual's.
 
-    -> {"images", "texts", "k", "dual": {.., "seconds"}, "cross": {.., "seconds"}}, dual logits
-    (I,T), re-ranked scores of images for each text (I,T). The cross encoder's seconds include the
-    dual encoder's.
+    -> {"dual": {"TR@1", .., "seconds"}, "cross": {..}}, dual logits (I,T), re-ranked scores of the
+    images for each text (I,T).
     """
     captions, image_of_text = [], []
     for number, record in enumerate(records):
         captions += record.captions
         image_of_text += [number] * len(record.captions)
     image_of_text, paths = torch.tensor(image_of_text), [record.image for record in records]
-    k = min(args.rerank, max(len(paths), len(captions)))
     start = time.perf_counter()
     image_tokens, images = encode_images(model, paths, args.image_size, args.workers)
     text_tokens, mask, texts = encode_texts(model, tokenizer, captions)
     dual_logits = images @ texts.T / model.temperature
     dual = recall_at_k(dual_logits, image_of_text)
     dual["seconds"] = time.perf_counter() - start
-    image_to_text, text_to_image = rerank(model, image_tokens, text_tokens, mask, dual_logits, k,
-                                          args.dual_weight)
+    image_to_text, text_to_image = rerank(model, image_tokens, text_tokens, mask, dual_logits,
+                                          args.rerank, args.dual_weight)
     cross = recall_at_k(image_to_text, image_of_text, text_to_image=text_to_image)
     cross["seconds"] = time.perf_counter() - start
-    result = {"images": len(paths), "texts": len(captions), "k": k, "dual": dual, "cross": cross}
-    return result, dual_logits.cpu(), text_to_image
-
-
-def report(model, tokenizer, records, args):
-    """Evaluate on the test split and print the result; with --output, log and draw it, too."""
-    result, dual_logits, scores = evaluate(model, tokenizer, records, args)
-    print(f"{result['images']} images, {result['texts']} texts; of each query's candidates, the "
-          f"cross encoder re-ranks the dual encoder's top {result['k']}")
-    print(" " * 13 + "".join(f"{name:>8}" for name in result["dual"]))
-    for name in ("dual", "cross"):
-        print(f"{name + ' encoder':13}" + "".join(f"{v:8.1f}" for v in result[name].values()))
+    result, size = {"dual": dual, "cross": cross}, {"images": len(paths), "texts": len(captions)}
+    k = min(args.rerank, max(size.values()))
+    print(f"{split}: {len(paths)} images, {len(captions)} texts; of each query's candidates, the "
+          f"cross encoder re-ranks the dual encoder's top {k}")
+    print(" " * 13 + "".join(f"{name:>8}" for name in dual))
+    for name, values in result.items():
+        print(f"{name + ' encoder':13}" + "".join(f"{v:8.1f}" for v in values.values()))
     if args.output:
-        write_log(args, split="test", **result)
-        draw_retrieval(f"{args.output}/retrieval.png", records, dual_logits, scores)
+        write_log(args, split=split, epoch=epoch, **size, k=k, **result)
+    return result, dual_logits.cpu(), text_to_image
 
 
 # ==================================================================================================
@@ -706,7 +691,7 @@ def load_captions(path, images=None):
     splits = {"train": {}, "val": {}, "test": {}}  # split -> image -> Record
     # The split that a file of ALBEF's rows is named after, but not the "val" in "retrieval".
     named = set(re.findall("(?<![a-z])(?:train|val|test)", Path(path).stem))
-    try:
+    with input_errors(f"{path} cannot be read as captions in Karpathy's or ALBEF's format"):
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         for row in content["images"] if isinstance(content, dict) else content:
             if isinstance(content, dict):
@@ -724,8 +709,6 @@ def load_captions(path, images=None):
             splits[split].setdefault(image, Record(image, [])).captions.extend(captions)
         if not any(splits.values()):
             raise ValueError("it names no images")
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is in neither Karpathy's nor ALBEF's format: {error!r}") from None
     return {split: list(records.values()) for split, records in splits.items()}
 
 
@@ -733,7 +716,7 @@ def load_splits(args):
     """--data and --images -> {split: [Record]} for the splits that the command needs. flickr30k and
     coco are fetched. InputError for images that are missing, or in two splits."""
     splits = {"train": [], "val": [], "test": []} if args.train else {"test": []}
-    files, name = args.data, args.data[0] if args.data else ""
+    files, name = args.data, " ".join(args.data)
     folder = Path(args.root, name)
     if not files:  # photos without captions, to search in
         paths = sorted(path for path in Path(args.images).rglob("*") if is_image_file(path.name))
@@ -742,16 +725,16 @@ def load_splits(args):
         files = [make_toy_dataset(folder)]
     elif name in CAPTIONS:
         files = [fetch(f"{CAPTIONS[name]}_{split}.json", folder) for split in splits]
-    split_of = {}
+    split_of = {}  # image -> split
     for file in files:
         for split, records in load_captions(file, args.images).items():
             for image, _ in records:
-                other = split_of.setdefault(image, split)
-                if other != split:
-                    raise InputError(f"{file}: {image} is in two splits, {other} and {split}")
+                if split_of.setdefault(image, split) != split:
+                    raise InputError(f"{file}: {image} is in two splits, {split_of[image]} and "
+                                     f"{split}")
             if split in splits:
                 splits[split] += records
-    for url in PHOTOS.get(name, ()):
+    for url in PHOTOS.get(name, ()):  # to test on COCO, only val2014
         if args.images is None and any(f"/{Path(url).stem}/" in image for image in split_of):
             fetch(url, folder)
     for split, records in splits.items():
@@ -764,55 +747,37 @@ def load_splits(args):
 
 
 def fetch(url, folder):
-    """Download url into folder, unpack it if it is a zip -> path; nothing to do if that is there.
-    Safe to repeat: nothing has its final name before it is whole. InputError if that fails."""
+    """Download url into folder, and unpack it if it is a zip -> path, at which nothing stands before
+    it is whole. What is there is not asked for again, and a download that broke off goes on where
+    the server can do that. InputError when it breaks off, is silent for a minute, or is damaged."""
     archive = Path(folder, url.rpartition("/")[2])
-    target = Path(folder, archive.name.removesuffix(".zip"))
-    part, unpacked = Path(f"{archive}.part"), Path(f"{archive}.unpacked")
+    target, part = Path(folder, archive.name.removesuffix(".zip")), Path(f"{archive}.part")
     if target.exists():
         return target
     archive.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if not archive.exists():
-            download(url, part)
-            if archive.suffix == ".json":
-                json.loads(part.read_bytes())
+    if not archive.exists():
+        part.touch()
+        request = urllib.request.Request(url, headers={"Range": f"bytes={part.stat().st_size}-"})
+        with input_errors(f"{url} did not arrive: repeat the command to go on, delete {part} to "
+                          f"begin anew, or download it by other means to {archive}"):
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                bar = tqdm.wrapattr(answer, "read", desc=archive.name, total=answer.length)
+                # Status 206 brings what is missing, 200 all of it once more.
+                with bar as source, open(part, "ab" if answer.status == 206 else "wb") as file:
+                    shutil.copyfileobj(source, file)
+                if answer.length:  # counts down to 0; None when the server does not tell it
+                    raise OSError(f"the connection broke {answer.length} bytes before the end")
             os.replace(part, archive)
-        if archive != target:
-            shutil.rmtree(unpacked, ignore_errors=True)
-            with zipfile.ZipFile(archive) as content:
-                content.extractall(unpacked)
-            if not Path(unpacked, target.name).is_dir():
-                raise ValueError(f"it has no folder {target.name}")
-            os.replace(unpacked / target.name, target)
-            shutil.rmtree(unpacked)
-            archive.unlink()
-    except Exception as error:  # damaged files fail in many ways
-        # What is wrong, or too long (416), is deleted; after a broken connection, it goes on.
-        stopped = isinstance(error, (OSError, http.client.HTTPException))
-        if not stopped or getattr(error, "code", None) == 416:
-            part.unlink(missing_ok=True)
-            archive.unlink(missing_ok=True)
+    if archive != target:
+        unpacked = Path(f"{archive}.unpacked")
         shutil.rmtree(unpacked, ignore_errors=True)
-        raise InputError(f"{url} failed or is damaged ({error}): repeat the command, or download "
-                         f"it by other means to {archive}") from None
+        with input_errors(f"{archive} did not unpack to a folder {target.name}: if it is damaged, "
+                          "delete it"):
+            shutil.unpack_archive(archive, unpacked, "zip")
+            os.replace(unpacked / target.name, target)
+        shutil.rmtree(unpacked)
+        archive.unlink()
     return target
-
-
-def download(url, path):
-    """One GET; it goes on where an earlier one broke off, if the server can do that. OSError when
-    the connection breaks, or is silent for a minute."""
-    have = path.stat().st_size if path.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=60) as answer:  # seconds of silence
-        have = have if answer.status == 206 else 0
-        size = answer.headers["Content-Length"]  # of what is to come; not all servers say it
-        total = have + int(size) if size else None
-        bar = tqdm.wrapattr(answer, "read", desc=path.stem, initial=have, total=total)
-        with bar as source, open(path, "ab" if have else "wb") as file:
-            shutil.copyfileobj(source, file)
-    if total not in (None, path.stat().st_size):
-        raise OSError(f"the connection broke after {path.stat().st_size} of {total} bytes")
 
 
 def make_toy_dataset(folder, train=40000, val=300, test=500, seed=0):
@@ -880,12 +845,13 @@ def build_model(image_model, text_model, text_layers, image_size, checkpoint=Non
     """-> LoopITR, tokenizer, from two backbones: names or folders, as transformers takes them.
     scratch: read only their configurations. checkpoint: content that fills the model; ours have
     configurations and tokenizer beside them. InputError when something cannot be loaded."""
-    ours = checkpoint and "options" in checkpoint
+    ours, source = checkpoint and "options" in checkpoint, checkpoint["path"] if checkpoint else ""
     if ours:
-        folder, text_layers = Path(checkpoint["path"]).parent, checkpoint["options"]["text_layers"]
-        image_model, text_model = str(folder / "image-model"), str(folder / "text-model")
+        folder, text_layers = Path(source).parent, checkpoint["options"]["text_layers"]
+        image_model, text_model = f"{folder}/image-model", f"{folder}/text-model"
     backbones = []
-    try:
+    with input_errors(f"cannot load {source} {image_model} {text_model} for --image-size "
+                      f"{image_size} on {device}"):
         for name in (image_model, text_model):
             if scratch or checkpoint:
                 backbones.append(AutoModel.from_config(AutoConfig.from_pretrained(name)))
@@ -901,17 +867,10 @@ def build_model(image_model, text_model, text_layers, image_size, checkpoint=Non
         elif checkpoint:
             load_albef(model, checkpoint["model"])
         model.encode_image(torch.zeros(1, 3, image_size, image_size))  # does it take this size?
-        model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(text_model)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError,
-            AssertionError) as error:
-        source = f"{checkpoint['path']} into " if checkpoint else ""
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"cannot load {source}{image_model} and {text_model} for --image-size "
-                         f"{image_size} on {device}: {reason}") from None
-    if tokenizer.tokenize("a") == [tokenizer.unk_token]:
-        raise InputError(f"{text_model} has no vocabulary: every word is {tokenizer.unk_token}")
-    return model, tokenizer
+        if tokenizer.tokenize("a") == [tokenizer.unk_token]:
+            raise InputError(f"{text_model} has no vocabulary: every word is an unknown one")
+        return model.to(device), tokenizer
 
 
 def load_checkpoint(path):
@@ -919,15 +878,14 @@ def load_checkpoint(path):
     plain values are unpickled. ALBEF's public file is fetched when it is not there."""
     if Path(path).name == "ALBEF_4M.pth":
         fetch(ALBEF, Path(path).parent)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if "options" not in content and "visual_encoder.pos_embed" not in content["model"]:
-            raise ValueError
-        return content | {"path": str(path)}
-    except OSError:
-        raise
-    except Exception:  # damaged and foreign files raise many kinds
-        raise InputError(f"{path} is damaged, or no checkpoint of loopitr.py or ALBEF") from None
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            if "options" in content or "visual_encoder.pos_embed" in content["model"]:
+                return content | {"path": str(path)}
+        except Exception:  # torch's advice is to unpickle everything, which we do not pass on
+            pass
+    raise InputError(f"{path} is damaged, or no checkpoint of loopitr.py or ALBEF")
 
 
 def load_albef(model, state):
@@ -959,7 +917,7 @@ def load_albef(model, state):
     rest["log_temperature"] = rest["log_temperature"].log()
     # Through from_pretrained, which knows the names inside the ViT of this version of transformers.
     config = model.image_encoder.config
-    config.image_size = 16 * math.isqrt(state["visual_encoder.pos_embed"].shape[1] - 1)
+    config.image_size = 16 * math.isqrt(vit["embeddings.position_embeddings"].shape[1] - 1)
     config.layer_norm_eps = 1e-6
     model.image_encoder, report = type(model.image_encoder).from_pretrained(
         None, config=config, state_dict=vit, output_loading_info=True)
@@ -995,14 +953,11 @@ def write_log(args, **values):
 def save(args, name, model, **rest):
     """Write a checkpoint, in the first process; under another name first, so never half a file."""
     if world()[0] == 0:
-        path = Path(args.output, name)
-        content = {"model": model.state_dict(), "options": args.of_run,
-                   "log_size": path.with_name("log.jsonl").stat().st_size, **rest}
-        try:
-            torch.save(content, f"{path}.part")
-        except RuntimeError as error:  # torch's own name for a full disk
-            raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
-        os.replace(f"{path}.part", path)
+        path, log = Path(args.output, name), Path(args.output, "log.jsonl")
+        with input_errors(f"{path} cannot be written"):
+            torch.save({"model": model.state_dict(), "options": args.of_run,
+                        "log_size": log.stat().st_size, **rest}, f"{path}.part")
+            os.replace(f"{path}.part", path)
 
 
 def world():
@@ -1028,7 +983,7 @@ def gather(x):
 @torch.no_grad()
 def search(model, tokenizer, records, args, folder):
     """Print and draw the dual encoder's top --rerank images for the words of --search, ordered by
-    match logit plus --dual-weight * dual logit -> [(path, dual logit, match logit)], best first."""
+    match logit plus --dual-weight * dual logit."""
     paths = [record.image for record in records]
     embeddings = encode_images(model, paths, args.image_size, args.workers, keep_tokens=False)[1]
     text_tokens, mask, text = encode_texts(model, tokenizer, [args.search])
@@ -1039,25 +994,20 @@ def search(model, tokenizer, records, args, folder):
     image_tokens = encode_images(model, paths, args.image_size, args.workers)[0]
     match = rerank(model, image_tokens, text_tokens, mask, dual, len(paths))[1]
     scores = match + args.dual_weight * dual.cpu()
-    order = scores[:, 0].argsort(descending=True, stable=True).tolist()
-    found = [(paths[i], dual[i].item(), match[i].item()) for i in order]
     print("   match     dual")
-    for path, dual_logit, match_logit in found:
-        print(f"{match_logit:8.2f} {dual_logit:8.2f}  {path}")
+    for i in scores[:, 0].argsort(descending=True, stable=True).tolist():
+        print(f"{match[i].item():8.2f} {dual[i].item():8.2f}  {paths[i]}")
     draw_retrieval(Path(args.output or folder, "search.png"), records, dual, scores, args.search)
-    return found
 
 
 def draw_retrieval(path, records, dual_logits, scores, words=None, count=6, side=96):
     """Draw the five best images by the dual encoder (left) and re-ranked (right): for `words`, with
     scores in column 0, or for some captions whose best image changed; the right one is framed."""
-    queries, shown = [(words, None)], [0]  # (text, path of its image); columns of the scores
-    if words is None:
-        queries = []
-        for record in records:
-            queries += [(caption, record.image) for caption in record.captions]
-        changed = (dual_logits.argmax(0) != scores.argmax(0)).nonzero().flatten().tolist()
-        shown = changed[::max(1, len(changed) // count)][:count]
+    queries = [(words, None)] if words else []  # text, path of its image
+    for record in records:
+        queries += [(caption, record.image) for caption in record.captions]
+    changed = (dual_logits.argmax(0) != scores.argmax(0)).nonzero().flatten().tolist()
+    shown = changed[::max(1, len(changed) // count)][:count] or [0]
     step = side + 8
     canvas = Image.new("RGB", (10 * step + 40, 32 + len(shown) * (step + 30)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
@@ -1084,13 +1034,13 @@ def argument_parser():
         description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog=f"Other defaults: {PRESETS}; and with a checkpoint as --init: {TRAINED_START}")
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    positive, whole = number(int, 1), number(int, 0)
-    count_or_all = number(int, 1, words={"all": 10 ** 9})
-    share, weight = number(float, 0, 1), number(float, 0)
+    positive, whole, share = number(int, 1), number(int, 0), number(float, 0, 1)
+    weight, count_or_all = number(float, 0), number(int, 1, words={"all": 10 ** 9})
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--train", action="store_true", help="train, or resume, then test the best epoch")
     add("--evaluate", action="store_true", help="test --checkpoint")
     add("--search", metavar="WORDS", help="find images in the test split or in the folder --images")
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--checkpoint", help="to evaluate or search with; runs/DATA/best.pt if not given")
     add("--output", help="folder to write to; if not given, runs/DATA for training, else none")
     add("--rerank", type=count_or_all, default=16, help="candidates per query to re-rank, or all")
@@ -1121,7 +1071,8 @@ def argument_parser():
     add("--new-lr", type=share, default=1e-4, help="peak learning rate of all new layers")
     add("--grad-checkpointing", action=switch, default=False, help="less memory, slower")
     add("--seed", type=whole, default=0, help="of weights, batches, negatives and augmentation")
-    add("--device", help="an accelerator if present, else cpu, if not given")
+    add("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"),
+        help="as torch names it; the default is this machine's")
     add("--bf16", action=switch, help="mixed precision; on accelerators if not given")
     return parser
 
@@ -1142,14 +1093,10 @@ def parse_arguments(argv):
     the options of the run to evaluate. InputError when --output holds another run."""
     parser = argument_parser()
     args = parser.parse_args(argv)
-    if args.train + args.evaluate + bool(args.search) != 1:
-        parser.error("give one of --train, --evaluate and --search")
-    name = args.data[0] if args.data else "toy"
-    if name in PRESETS and args.data and len(args.data) > 1:
-        parser.error(f"--data {name} takes no other files")
-    run = f"runs/{Path(name).stem}"
+    data = args.data or ["toy"]
+    preset, run = PRESETS.get(" ".join(data), {}), f"runs/{Path(data[0]).stem}"
+    here = {"data": data, "root": os.path.abspath("data")}
     last = Path(args.output or run, "last.pt")
-    here, preset = {"data": [name], "root": os.path.abspath("data")}, PRESETS.get(name, {})
     parser.set_defaults(**here | preset)
     if args.train:
         parser.set_defaults(output=run)
@@ -1168,13 +1115,8 @@ def parse_arguments(argv):
             parser.set_defaults(data=[])
     args = parser.parse_args(argv)
     args.data = [name if name in PRESETS else os.path.abspath(name) for name in args.data]
-    accelerator = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
-    args.device = args.device or accelerator or "cpu"
     others = ("train", "evaluate", "search", "checkpoint", "output", "workers", "device")
     args.of_run = {name: value for name, value in vars(args).items() if name not in others}
-    if not args.train and args.output and last.exists():
-        raise InputError(f"--output {args.output} holds a training run, which only --train may "
-                         f"change; to use it: --checkpoint {args.output}/best.pt")
     if args.train and last.exists():
         stored = checkpoint.get("options", {}) | {"root": args.root}
         other = [f"--{option.replace('_', '-')} {value}" for option, value in stored.items()
@@ -1182,9 +1124,8 @@ def parse_arguments(argv):
         if other:
             raise InputError(f"{args.output} holds a run with {', '.join(other)}: to go on, give "
                              "these; for a new run, another --output")
-    elif args.train and last.with_name("best.pt").exists():
-        raise InputError(f"{args.output} holds a best.pt, but no last.pt to go on from: give "
-                         "another --output")
+    elif args.output and any(Path(args.output).glob("*.pt")):
+        raise InputError(f"nothing may overwrite the run in {args.output}: give another --output")
     return args, checkpoint
 
 
@@ -1211,12 +1152,14 @@ def main(argv=None):
         if args.search:
             search(model, tokenizer, splits["test"], args, Path(checkpoint["path"]).parent)
         if args.train:
-            resumed = checkpoint and Path(checkpoint["path"]) == Path(args.output, "last.pt")
+            resumed = Path(args.output, "last.pt").exists()  # then `checkpoint` is its content
             train(model, tokenizer, splits, args, checkpoint if resumed else None)
         if world()[0] == 0 and not args.search:
             if args.train:
                 model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
-            report(model, tokenizer, splits["test"], args)
+            _, dual_logits, scores = evaluate(model, tokenizer, splits["test"], args)
+            if args.output:
+                draw_retrieval(f"{args.output}/retrieval.png", splits["test"], dual_logits, scores)
         sys.stdout.flush()
         return 0
     except (InputError, OSError, torch.OutOfMemoryError) as error:
