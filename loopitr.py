@@ -89,18 +89,6 @@ class InputError(Exception):
     """Something that the user can fix: `main` prints it as one line instead of a traceback."""
 
 
-@contextmanager
-def input_errors(problem):
-    """Turns whatever goes wrong inside, where a file or a model is read, into an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # damaged and foreign files raise many kinds
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{problem}: {type(error).__name__}: {reason}") from error
-
-
 # -------------------------------------------------------------------------------------- Data loader
 
 Record = namedtuple("Record", ["image", "captions"])  # path of one image, list of its captions
@@ -1127,6 +1115,18 @@ def parse_arguments(argv):
     elif args.output and any(Path(args.output).glob("*.pt")):
         raise InputError(f"nothing may overwrite the run in {args.output}: give another --output")
     return args, checkpoint
+
+
+@contextmanager
+def input_errors(problem):
+    """Whatever goes wrong inside, where files or models are read, becomes an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # damaged and foreign files raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{problem}: {type(error).__name__}: {reason}") from error
 
 
 def main(argv=None):
