@@ -29,9 +29,9 @@ The recipe is that of ALBEF (https://arxiv.org/abs/2107.07651), which has both e
 feedback. Left out of it: masked language modelling (part of its pre-training), momentum encoders
 and queues (softer targets and more negatives; the loop can be understood without them).
 
-We know the paper's abstract and tables. They do not give these, so they are our choices: how and
-from when on to distil; m; random negatives first; the learning rate of new layers; gradient
-clipping; adding both logits in re-ranking.
+What we know of the paper, its abstract and tables, does not say how and from when on to distil, m,
+the learning rate of new layers, whether random negatives come first, whether gradients are clipped,
+and whether re-ranking adds both logits: these are our choices.
 
 Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
 D width, E embedding, Q queries, C candidates, m hard negatives.
@@ -116,7 +116,7 @@ def image_transform(size, augment=False):
 
 
 def read_image(path):
-    """-> RGB image, turned as its EXIF data say"""
+    """-> RGB image, rotated as its EXIF data say"""
     with input_errors(f"{path} cannot be read as an image"), Image.open(path) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
@@ -134,8 +134,7 @@ def tokenize(tokenizer, captions):
         cleaned.append(re.sub(r"[-/\s]+", " ", caption).replace("<person>", "person").strip())
     text = tokenizer(cleaned, padding=True, padding_side="right", truncation=True, max_length=31,
                      return_tensors="pt")
-    # ALBEF knows no [SEP]. Without its first column, each row of the mask ends one token earlier:
-    # before [SEP], the last token of every text.
+    # ALBEF knows no [SEP], the last token of every text. Shifted left by one, the mask hides it.
     return text["input_ids"][:, :-1], text["attention_mask"][:, 1:]
 
 
@@ -163,17 +162,21 @@ class Attention(nn.Module):
         self.output = BertSelfOutput(config)
 
     def forward(self, x, source, mask=None, places=None):
-        """x (P,L,D) attends to source -> (P,L,D). Self-attention: source (P,S,D) is text, read
-        where mask (P,S) is not 0. Cross-attention: source (I,N,D) is images, and places, as from
-        `LoopITR.match`, say which pair belongs to which image."""
+        """x (P,L,D) attends to source -> (P,L,D).
+
+        Self-attention: source (P,S,D) is text, read where mask (P,S) is not 0.
+        Cross-attention: source (I,N,D) is images, and all texts paired with an image form one long
+        query to it. places = (slots (P,), longest): think of a table with a row for each image and
+        `longest` columns; pair p stands in cell slots[p] of its I * longest cells.
+        """
         query = self.self["query"](x)
         key, value = self.self["key"](source), self.self["value"](source)
         if places is not None:
-            # All texts of an image become one long query to it. So its keys and values, most of
-            # the work at 577 image tokens, are projected once and never copied per pair.
+            # So an image's keys and values, most of the work at 577 tokens, are projected once and
+            # never copied per pair. Cells without a pair stay zero, and are computed in vain.
             slots, longest = places
             padded = query.new_zeros(len(source) * longest, *query.shape[1:])
-            query = padded.index_copy(0, slots, query)  # zeros where an image has fewer texts
+            query = padded.index_copy(0, slots, query)
             query = query.view(len(source), -1, query.shape[2])  # (I,longest*L,D)
         if mask is not None:
             mask = mask[:, None, None].bool()  # the same for all heads and queries
@@ -284,8 +287,8 @@ class LoopITR(nn.Module):
         image_tokens = image_tokens.float()  # evaluation keeps tokens in half precision
         # Not [text_index], whose backward pass adds up in another order each time, on a CPU.
         text, mask = text_tokens.index_select(0, text_index).float(), attention_mask[text_index]
-        # Cross-attention wants the pairs in one row per image (see Attention). A pair's column is
-        # the number of pairs with the same image before it.
+        # The table of `Attention`, with a row for each image: a pair's column is the number of pairs
+        # with the same image before it.
         of_image = F.one_hot(image_index, len(image_tokens))  # (P,I)
         column = (of_image.cumsum(0) * of_image).sum(1) - 1
         longest = int(column.max()) + 1
@@ -313,9 +316,9 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
     (one image in the batch: none), all queries get fewer, and none ever gets a positive.
     """
     with torch.no_grad():
-        # The largest of logits plus Gumbel noise, minus the log of an exponential variable, are an
-        # exact draw without replacement from their softmax. ALBEF's torch.multinomial needs
-        # probabilities, which underflow at low temperatures.
+        # Gumbel noise is minus the log of an exponential variable. The m largest of logits plus
+        # Gumbel noise are an exact draw of m without replacement from the softmax of the logits.
+        # ALBEF's torch.multinomial needs probabilities, which underflow at low temperatures.
         noise = -torch.empty_like(similarity, dtype=torch.float32).exponential_().log()
         scores = {"softmax": similarity + noise, "topk": similarity, "random": noise}[strategy]
         # Masked before the draw: ALBEF sets the positives to zero after the softmax, which can
@@ -351,18 +354,18 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
     """Teach the dual encoder what the cross encoder thinks of the same candidates.
 
     student, teacher (Q,1+m): dual and match logits, the positive in column 0 -> scalar, mean over
-    queries. The teacher's logits are divided by `temperature`. objective: kl, mse, margin, label or
-    none; ValueError for others. The defaults are those of training. Ours: the paper's formula is
-    not known to us.
+    queries (mse, margin: and over candidates). The teacher's logits are divided by `temperature`.
+    objective: kl, mse, margin, label or none; ValueError for others. The defaults are those of
+    training. Ours: the paper's formula is not known to us.
     """
-    # Detached: the student must not teach its teacher. A temperature of 0.5 doubles match logits,
-    # which lack what the dual logits know already (see `rerank`).
+    # Detached: the student must not teach its teacher. A temperature below 1 makes the teacher more
+    # decided; 0.5 was chosen by trial.
     teacher = teacher.detach() / temperature
     if objective == "none" or student.shape[1] == 1:  # without negatives there is nothing to learn
         return student.sum() * 0  # a zero that has a gradient
     if objective == "kl":  # KL(softmax(teacher) || softmax(student)): Hinton et al., 1503.02531
         return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
-    if objective == "mse":  # rows are centred, since a constant added to logits means nothing
+    if objective == "mse":  # rows are centred: adding a constant does not change a ranking
         return F.mse_loss(student - student.mean(1, keepdim=True),
                           teacher - teacher.mean(1, keepdim=True))
     if objective == "margin":  # by how much the positive wins: Margin-MSE, 2010.02666
@@ -394,9 +397,9 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     contrastive = contrastive_loss(logits, all_ids[:, None] == all_ids)
 
     # 2. Dual -> cross: the dual logits of this process choose m hard texts for each image and m
-    # hard images for each text. From here on they do not train the temperature: distillation would
-    # lower it to reach the teacher's wider logits; that makes the negatives harder, and those
-    # logits wider still.
+    # hard images for each text. These logits give the temperature no gradient: distillation would
+    # lower it to reach the teacher's wider logits; at a lower temperature the negatives that are
+    # drawn are harder; and to tell those apart the teacher widens its logits further.
     dual_logits = image_embedding @ text_embedding.T / model.temperature.detach()  # (B,B)
     is_positive = image_ids[:, None] == image_ids
     hard_texts = sample_hard_negatives(dual_logits, is_positive, negatives, sampling)  # (B,m)
@@ -438,9 +441,9 @@ def make_optimizer(model, lr, new_lr):
 
 
 def train(model, tokenizer, splits, args, saved=None):
-    """Train, keeping in --output best.pt, the best epoch on val, and last.pt, to go on from, of
-    which `saved` is the content, if there is one. InputError when the batch size does not fit, or a
-    gradient is not finite."""
+    """Train, and keep two checkpoints in --output: best.pt is the best epoch on val, last.pt the
+    one to go on from. saved: content of last.pt when a run is resumed. InputError when the batch
+    size does not fit, or a gradient is not finite."""
     rank, processes = world()
     pairs = []  # (image number, path, caption)
     for number, record in enumerate(splits["train"]):
@@ -455,7 +458,8 @@ def train(model, tokenizer, splits, args, saved=None):
     loader = DataLoader(pairs, share, sampler=sampler, num_workers=args.workers, drop_last=True,
                         collate_fn=collate, pin_memory=args.device == "cuda")
     optimizer = make_optimizer(model, args.lr, args.new_lr)
-    state = {"trained": 0, "validated": 0, "best": -1.0}  # epochs, epochs, rsum on val
+    # Numbers of epochs; a run that stopped in validation has trained one more than it validated.
+    state = {"trained": 0, "validated": 0, "best": -1.0}  # best: rsum on val
     if saved:
         with input_errors(f"{saved['path']} is damaged"):
             optimizer.load_state_dict(saved["optimizer"])
@@ -477,7 +481,7 @@ def train(model, tokenizer, splits, args, saved=None):
             state["trained"] += 1
             save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
         if rank == 0:  # the others wait in their next `gather`
-            result = evaluate(model, tokenizer, splits["val"], args, "val", epoch)[0]
+            result = evaluate(model, tokenizer, splits["val"], args, "val", epoch)
             # An untrained cross encoder has no say.
             rsum = result["cross" if args.matching_weight else "dual"]["rsum"]
             if rsum > state["best"]:
@@ -491,7 +495,8 @@ def train_epoch(model, loader, optimizer, epoch, args):
     """One pass over all captions."""
     model.train()
     steps, first = args.epochs * len(loader), epoch * len(loader)
-    bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=world()[0] > 0 or None)
+    hidden = world()[0] > 0 or None  # None: hidden where there is no terminal
+    bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=hidden)
     start = time.perf_counter()
     for step, batch in enumerate(bar, start=first):
         progress = step / steps
@@ -506,7 +511,6 @@ def train_epoch(model, loader, optimizer, epoch, args):
                        negatives=args.negatives, sampling=sampling, objective=args.distill,
                        distill_temperature=args.distill_temperature)
         # An untrained teacher teaches noise, so distillation waits until it has learned something.
-        # (With --init albef or a checkpoint, neither of the two waits: TRAINED_START.)
         distill_weight = args.distill_weight if progress >= args.distill_from else 0.0
         loss = (losses["contrastive"] + args.matching_weight * losses["matching"]
                 + distill_weight * losses["distillation"])
@@ -536,13 +540,14 @@ def recall_at_k(image_to_text, image_of_text, ks=(1, 5, 10), text_to_image=None)
     image_to_text (I,T): scores; text_to_image (I,T), if the other direction has its own;
     image_of_text (T,): the image that each text belongs to -> dict. A wrong candidate that ties
     with the best right one, or is not a number, counts as ahead of it, so that a constant scorer
-    gets 0. Images without captions are no queries.
+    gets 0 (as long as there are k wrong ones). Images without captions are no queries.
     """
     text_to_image = image_to_text if text_to_image is None else text_to_image
     images = torch.arange(len(image_to_text), device=image_to_text.device)
-    right = image_of_text.to(images.device) == images[:, None]
+    is_right = image_of_text.to(images.device) == images[:, None]  # (I,T)
     result = {}
-    for name, scores, right in (("TR", image_to_text, right), ("IR", text_to_image.T, right.T)):
+    for name, scores, right in (("TR", image_to_text, is_right),
+                                ("IR", text_to_image.T, is_right.T)):
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         ahead = (~(scores < best) & ~right).sum(1)  # "not less" counts ties and NaN, too
         ahead = ahead[right.any(1)]
@@ -594,8 +599,8 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     what these capture already. pairs_per_pass bounds the memory that is used on the device.
     """
     model.eval()
-    # The k-th best and all that tie with it: leaving some of them out would break ties, and a cross
-    # encoder that says nothing would seem to gain.
+    # All that tie with the k-th best are in, too: if topk left some of them out, a right one could
+    # win by luck, and a cross encoder that says nothing would seem to gain.
     best_texts = dual_scores >= dual_scores.topk(min(k, dual_scores.shape[1]), 1).values[:, -1:]
     best_images = dual_scores >= dual_scores.topk(min(k, dual_scores.shape[0]), 0).values[-1:]
     shortlisted = best_texts | best_images  # a pair that is in both is computed once
@@ -607,7 +612,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
         longest = int(length[texts].max())
         # Sorted by image, so that a pass has few of them.
         passes = shortlisted[:, texts].nonzero().split(pairs_per_pass)
-        for part in tqdm(passes, "re-ranking", leave=False, disable=None):  # four bars
+        for part in tqdm(passes, "re-ranking", leave=False, disable=None):
             image_index, text_index = part[:, 0], texts[part[:, 1]]
             first, last = int(image_index[0]), int(image_index[-1])
             match_logits[image_index, text_index] = model.match(
@@ -622,11 +627,10 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
 
 @torch.no_grad()
 def evaluate(model, tokenizer, records, args, split="test", epoch=None):
-    """Recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top --rerank:
-    printed, with --output also logged. The cross encoder's seconds include the dual's.
+    """Print recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top
+    --rerank, whose seconds include the dual's; with --output, log it, and draw examples of test.
 
-    -> {"dual": {"TR@1", .., "seconds"}, "cross": {..}}, dual logits (I,T), re-ranked scores of the
-    images for each text (I,T).
+    -> {"dual": {"TR@1", .., "rsum", "seconds"}, "cross": {..}}
     """
     captions, image_of_text = [], []
     for number, record in enumerate(records):
@@ -652,7 +656,9 @@ def evaluate(model, tokenizer, records, args, split="test", epoch=None):
         print(f"{name + ' encoder':13}" + "".join(f"{v:8.1f}" for v in values.values()))
     if args.output:
         write_log(args, split=split, epoch=epoch, **size, k=k, **result)
-    return result, dual_logits.cpu(), text_to_image
+    if args.output and split == "test":
+        draw_retrieval(f"{args.output}/retrieval.png", records, dual_logits.cpu(), text_to_image)
+    return result
 
 
 # ==================================================================================================
@@ -688,10 +694,10 @@ def load_captions(path, images=None):
             else:
                 image, (split,), captions = row["image"], named, row["caption"]  # exactly one name
                 captions = [captions] if isinstance(captions, str) else captions
-            captions = [caption.strip() for caption in captions[:]]  # TypeError for a dictionary
+            captions = [caption.strip() for caption in captions[:]]  # a dictionary fails here
             if not captions or not all(captions):
                 raise ValueError(f"{image} has a blank caption or none")
-            " ".join([str(image), *captions]).encode()  # half a surrogate pair is no text
+            " ".join([str(image), *captions]).encode()  # half a surrogate pair fails here
             split = split.replace("restval", "train")  # COCO: the rest of its val, for training
             image = str(Path(images or Path(path).parent, image))
             splits[split].setdefault(image, Record(image, [])).captions.extend(captions)
@@ -735,9 +741,9 @@ def load_splits(args):
 
 
 def fetch(url, folder):
-    """Download url into folder, and unpack it if it is a zip -> path, at which nothing stands before
-    it is whole. What is there is not asked for again, and a download that broke off goes on where
-    the server can do that. InputError when it breaks off, is silent for a minute, or is damaged."""
+    """Download url into folder, and unpack it if it is a zip -> path, which exists only when it is
+    whole. Then it is not asked for again; a download that broke off goes on, if the server can do
+    that. InputError when a download breaks off, is silent for a minute, or is damaged."""
     archive = Path(folder, url.rpartition("/")[2])
     target, part = Path(folder, archive.name.removesuffix(".zip")), Path(f"{archive}.part")
     if target.exists():
@@ -831,9 +837,11 @@ def draw_scene(rng):
 def build_model(image_model, text_model, text_layers, image_size, checkpoint=None, scratch=False,
                 bf16=None, device="cpu"):
     """-> LoopITR, tokenizer, from two backbones: names or folders, as transformers takes them.
-    scratch: read only their configurations. checkpoint: content that fills the model; ours have
-    configurations and tokenizer beside them. InputError when something cannot be loaded."""
-    ours, source = checkpoint and "options" in checkpoint, checkpoint["path"] if checkpoint else ""
+    scratch: read only their configurations. checkpoint: content of a checkpoint that fills the
+    model; one of loopitr.py brings its own configurations and tokenizer, in its folder. InputError
+    when something cannot be loaded."""
+    source = checkpoint["path"] if checkpoint else ""
+    ours = checkpoint and "options" in checkpoint
     if ours:
         folder, text_layers = Path(source).parent, checkpoint["options"]["text_layers"]
         image_model, text_model = f"{folder}/image-model", f"{folder}/text-model"
@@ -880,7 +888,9 @@ def load_albef(model, state):
     """Fill model from ALBEF's released weights: checkpoint["model"] of a pre-trained or fine-tuned
     .pth, whose ViT may have been trained at another image size."""
     split, vit, rest = len(model.text_encoder.encoder.layer), {}, {}
-    names = {  # there, as a regular expression -> here; a ViT's as from_pretrained understands it
+    # There, as a regular expression -> here. Parts of the ViT get the names of older transformers,
+    # which from_pretrained translates into those of the installed version.
+    names = {
         r"^text_encoder\.bert\.": "text_encoder.",  # the pre-trained file's
         "^vision_proj": "image_projection", "^text_proj": "text_projection",
         "^itm_head": "match_head", "^temp$": "log_temperature", r"^visual_encoder\.": "",
@@ -897,13 +907,14 @@ def load_albef(model, state):
         tensors = vit if name.startswith("visual_encoder.") else rest
         for pattern, replacement in names.items():
             name = re.sub(pattern, replacement, name)
-        pieces = tensor.chunk(3) if "qkv" in name else [tensor]
-        for part, piece in zip(("query", "key", "value"), pieces):
-            tensors[name.replace("qkv", part)] = piece
+        if "qkv" in name:
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3)):
+                tensors[name.replace("qkv", part)] = piece
+        else:
+            tensors[name] = tensor
     for name in ("match_head.weight", "match_head.bias"):
         rest[name] = rest[name][1:] - rest[name][:1]  # class 1 is the match
     rest["log_temperature"] = rest["log_temperature"].log()
-    # Through from_pretrained, which knows the names inside the ViT of this version of transformers.
     config = model.image_encoder.config
     config.image_size = 16 * math.isqrt(vit["embeddings.position_embeddings"].shape[1] - 1)
     config.layer_norm_eps = 1e-6
@@ -961,7 +972,8 @@ def gather(x):
     parts = [torch.empty_like(x) for _ in range(processes)]
     dist.all_gather(parts, x.detach().contiguous())
     # Every process computes the same loss of the whole, but only its own part has a gradient. The
-    # gradients of all must be summed, and DistributedDataParallel averages: hence the factor.
+    # gradients of all must be summed, and DistributedDataParallel averages: hence the factor, which
+    # changes the gradient and not the value.
     parts[rank] = x + (processes - 1) * (x - x.detach())
     return torch.cat(parts)
 
@@ -1066,19 +1078,21 @@ def argument_parser():
 
 
 def number(kind, low, high=1e9, words={}):
-    """Type of an option: a number from low to high, which NaN and infinity are not, or a word."""
+    """Type of an option: a number from low to high (so neither NaN nor infinity), or a word."""
     def parse(text):
         value = words[text] if text in words else kind(text)
         if not low <= value <= high:
             raise ValueError
         return value
-    parse.__name__ = f"{kind.__name__} from {low} to {high:g}"
+    parse.__name__ = f"{kind.__name__} from {low} to {high:g}"  # shown by argparse in its error
     return parse
 
 
 def parse_arguments(argv):
-    """-> args, content of the checkpoint to start from or None. The command line beats PRESETS, or
-    the options of the run to evaluate. InputError when --output holds another run."""
+    """-> args, content of the checkpoint to start from or None. InputError when --output holds
+    another run."""
+    # The command line is parsed again after each change of defaults, so that it beats them all. In
+    # training, PRESETS beat TRAINED_START; in evaluation, the options of the run are the defaults.
     parser = argument_parser()
     args = parser.parse_args(argv)
     data = args.data or ["toy"]
@@ -1157,13 +1171,12 @@ def main(argv=None):
         if world()[0] == 0 and not args.search:
             if args.train:
                 model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
-            _, dual_logits, scores = evaluate(model, tokenizer, splits["test"], args)
-            if args.output:
-                draw_retrieval(f"{args.output}/retrieval.png", splits["test"], dual_logits, scores)
+            evaluate(model, tokenizer, splits["test"], args)
         sys.stdout.flush()
         return 0
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        # A loader's process sends its traceback along; the message is the last line.
+        # An error in a loader's process comes as a traceback, whose last line names class and
+        # message.
         message = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
         print(f"loopitr: {message}", file=sys.stderr)
         return 2
