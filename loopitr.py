@@ -302,7 +302,8 @@ class LoopITR(nn.Module):
                     text = recompute(layer, *inputs, use_reentrant=False)
                 else:
                     text = layer(*inputs)
-        return self.match_head(text[:, 0].float()).squeeze(1)
+        with torch.autocast(self.device.type, enabled=False):  # not in a caller's bf16, either
+            return self.match_head(text[:, 0].float()).squeeze(1)
 
 
 # ----------------------------------------------------------------------------------- Hard negatives

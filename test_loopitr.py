@@ -368,6 +368,9 @@ def test_scores_are_not_rounded_to_bf16():
         assert not torch.equal(rounded, rounded.bfloat16().float())
         assert not torch.equal(rounded, close)  # bf16 was used inside
         torch.testing.assert_close(rounded, close, atol=1.0, rtol=0.1)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # a caller's own
+        again = model.match(image_tokens, text_tokens, mask, every, every)
+    assert again.dtype == torch.float32 and not torch.equal(again, again.bfloat16().float())
 
 
 def test_only_layers_that_no_backbone_holds_learn_at_the_new_rate():
@@ -1900,7 +1903,7 @@ def test_every_function_and_option_that_the_readme_names_exists():
     parts = [re.search(rf"## {title}.*?(?=\n## )", text, re.S)[0] for title in (
         "Where to find what", "Implementation details", "Copying pieces")]
     names = set(re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)`", "".join(parts))) - {
-        "F", "SPDX", "places", "match", "eval", "device", "cross_encoder", "match_head"}
+        "F", "SPDX", "places", "match", "eval", "device", "cross_encoder", "match_head", "dual_weight"}
     assert names >= {"LoopITR", "sample_hard_negatives", "loop_losses", "distillation_loss",
                      "gather", "rerank", "recall_at_k", "evaluate", "tokenize", "LoopITR.match"}
     for name in names:
