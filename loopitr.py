@@ -29,9 +29,9 @@ The recipe is that of ALBEF (https://arxiv.org/abs/2107.07651), which has both e
 feedback. Left out of it: masked language modelling (part of its pre-training), momentum encoders
 and queues (softer targets and more negatives; the loop can be understood without them).
 
-What we know of the paper, its abstract and tables, does not say how and from when on to distil, m,
-the learning rate of new layers, whether random negatives come first, whether gradients are clipped,
-and whether re-ranking adds both logits: these are our choices.
+The paper's abstract and tables, all that we know of it, leave open: how and from when on to distil;
+the value of m; random negatives first; the learning rate of new layers; gradient clipping; adding
+both logits in re-ranking. These are our choices.
 
 Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
 D width, E embedding, Q queries, C candidates, m hard negatives.
@@ -95,7 +95,7 @@ Record = namedtuple("Record", ["image", "captions"])  # path of one image, list 
 
 
 class RandAugment(v2.RandAugment):
-    """ALBEF's operations: torchvision's without those that replace colours, which captions name."""
+    """ALBEF's operations: torchvision's without Color, Contrast, Posterize and Solarize."""
     _AUGMENTATION_SPACE = {
         name: change for name, change in v2.RandAugment._AUGMENTATION_SPACE.items()
         if name not in ("Color", "Contrast", "Posterize", "Solarize")}
@@ -134,7 +134,8 @@ def tokenize(tokenizer, captions):
         cleaned.append(re.sub(r"[-/\s]+", " ", caption).replace("<person>", "person").strip())
     text = tokenizer(cleaned, padding=True, padding_side="right", truncation=True, max_length=31,
                      return_tensors="pt")
-    # ALBEF knows no [SEP], the last token of every text. Shifted left by one, the mask hides it.
+    # ALBEF knows no [SEP], the last token of every text. The mask, shifted left by one, ends one
+    # token earlier and so hides it; in the longest text it goes with the last column.
     return text["input_ids"][:, :-1], text["attention_mask"][:, 1:]
 
 
@@ -162,12 +163,13 @@ class Attention(nn.Module):
         self.output = BertSelfOutput(config)
 
     def forward(self, x, source, mask=None, places=None):
-        """x (P,L,D) attends to source -> (P,L,D).
+        """x (P,L or 1,D) attends to source -> like x.
 
-        Self-attention: source (P,S,D) is text, read where mask (P,S) is not 0.
+        Self-attention: source (P,L,D) is text, read where mask (P,L) is not 0.
         Cross-attention: source (I,N,D) is images, and all texts paired with an image form one long
-        query to it. places = (slots (P,), longest): think of a table with a row for each image and
-        `longest` columns; pair p stands in cell slots[p] of its I * longest cells.
+        query to it. Images have different numbers of texts, so these are padded to a table with a
+        row for each image. places = (slots (P,), longest): pair p stands in cell slots[p], counted
+        row by row, of its I * longest cells.
         """
         query = self.self["query"](x)
         key, value = self.self["key"](source), self.self["value"](source)
@@ -185,7 +187,7 @@ class Attention(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended = attended.transpose(1, 2).flatten(2)
         if places is not None:
-            attended = attended.view(-1, *x.shape[1:]).index_select(0, slots)  # (P,L,D) again
+            attended = attended.view(-1, *x.shape[1:]).index_select(0, slots)  # like x again
         return self.output(attended, x)
 
 
@@ -228,7 +230,7 @@ class LoopITR(nn.Module):
         self.cross_encoder = nn.ModuleList()
         for layer in layers[text_layers:]:
             self.cross_encoder.append(CrossLayer(bert, image_width))
-            # No plain BERT has cross-attention, which starts with random weights; nothing else may.
+            # Only cross-attention, which a plain BERT lacks, may keep its random weights.
             report = self.cross_encoder[-1].load_state_dict(layer.state_dict(), strict=False)
             if report.unexpected_keys or any("cross" not in key for key in report.missing_keys):
                 raise InputError(f"the layers of {type(text_encoder).__name__} are not like BERT's")
@@ -266,7 +268,7 @@ class LoopITR(nn.Module):
 
     def encode_image(self, pixels):
         """pixels (B,3,H,W) -> tokens (B,N,D), unit embedding (B,E). Position embeddings are
-        interpolated to H and W, by DINOv2 without being asked."""
+        interpolated to H and W (DINOv2 always does that, and ignores the argument)."""
         with self.autocast():
             output = self.image_encoder(pixels, interpolate_pos_encoding=True)
             tokens = output.last_hidden_state.float()
@@ -287,8 +289,8 @@ class LoopITR(nn.Module):
         image_tokens = image_tokens.float()  # evaluation keeps tokens in half precision
         # Not [text_index], whose backward pass adds up in another order each time, on a CPU.
         text, mask = text_tokens.index_select(0, text_index).float(), attention_mask[text_index]
-        # The table of `Attention`, with a row for each image: a pair's column is the number of pairs
-        # with the same image before it.
+        # The table of `Attention`, with a row for each image: before a pair stand the pairs with the
+        # same image that come earlier.
         of_image = F.one_hot(image_index, len(image_tokens))  # (P,I)
         column = (of_image.cumsum(0) * of_image).sum(1) - 1
         longest = int(column.max()) + 1
@@ -360,7 +362,7 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
     training. Ours: the paper's formula is not known to us.
     """
     # Detached: the student must not teach its teacher. A temperature below 1 makes the teacher more
-    # decided; 0.5 was chosen by trial.
+    # decisive; 0.5 was chosen by trial.
     teacher = teacher.detach() / temperature
     if objective == "none" or student.shape[1] == 1:  # without negatives there is nothing to learn
         return student.sum() * 0  # a zero that has a gradient
@@ -399,8 +401,8 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
 
     # 2. Dual -> cross: the dual logits of this process choose m hard texts for each image and m
     # hard images for each text. These logits give the temperature no gradient: distillation would
-    # lower it to reach the teacher's wider logits; at a lower temperature the negatives that are
-    # drawn are harder; and to tell those apart the teacher widens its logits further.
+    # lower it until they spread as widely as the teacher's; at a lower temperature the negatives
+    # that are drawn are harder; and to tell those apart the teacher spreads its logits further.
     dual_logits = image_embedding @ text_embedding.T / model.temperature.detach()  # (B,B)
     is_positive = image_ids[:, None] == image_ids
     hard_texts = sample_hard_negatives(dual_logits, is_positive, negatives, sampling)  # (B,m)
@@ -453,7 +455,7 @@ def train(model, tokenizer, splits, args, saved=None):
     if args.batch_size % processes or not args.negatives < share <= len(pairs) // processes:
         raise InputError(f"--batch-size {args.batch_size} must give {processes} process(es) equal "
                          f"shares of {len(pairs)} captions, more than --negatives {args.negatives}")
-    sampler = DistributedSampler(pairs, processes, rank, seed=args.seed)  # shuffles for one, too
+    sampler = DistributedSampler(pairs, processes, rank, seed=args.seed)  # also shuffles
     transform = image_transform(args.image_size, args.augment)
     collate = partial(make_batch, transform=transform, tokenizer=tokenizer)  # reads the images
     loader = DataLoader(pairs, share, sampler=sampler, num_workers=args.workers, drop_last=True,
@@ -511,7 +513,7 @@ def train_epoch(model, loader, optimizer, epoch, args):
         losses = model([part.to(args.device, non_blocking=True) for part in batch],
                        negatives=args.negatives, sampling=sampling, objective=args.distill,
                        distill_temperature=args.distill_temperature)
-        # An untrained teacher teaches noise, so distillation waits until it has learned something.
+        # An untrained teacher teaches noise, so distillation waits until it has been taught itself.
         distill_weight = args.distill_weight if progress >= args.distill_from else 0.0
         loss = (losses["contrastive"] + args.matching_weight * losses["matching"]
                 + distill_weight * losses["distillation"])
@@ -597,7 +599,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     image_to_text, text_to_image (I,T), on the CPU: match logit + dual_weight * dual score for the
     k best texts of each image, or the k best images of each text; all others below, in dual order.
     dual_weight is ours: trained on negatives drawn by dual scores, the cross encoder does not learn
-    what these capture already. pairs_per_pass bounds the memory that is used on the device.
+    what the dual scores capture. pairs_per_pass bounds the memory that is used on the device.
     """
     model.eval()
     # All that tie with the k-th best are in, too: if topk left some of them out, a right one could
@@ -619,6 +621,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
             match_logits[image_index, text_index] = model.match(
                 image_tokens[first:last + 1].to(model.device), text_tokens[:, :longest],
                 attention_mask[:, :longest], image_index - first, text_index)
+    # In double precision, in which shifting dual scores below the others makes none of them tie.
     scores = (match_logits + dual_weight * dual_scores).cpu().double()
     dual_scores, lowest = dual_scores.cpu().double(), scores[shortlisted.cpu()].min()
     below = dual_scores - dual_scores.max() + lowest - 1  # under all that is re-ranked
@@ -658,7 +661,7 @@ def evaluate(model, tokenizer, records, args, split="test", epoch=None):
     if args.output:
         write_log(args, split=split, epoch=epoch, **size, k=k, **result)
     if args.output and split == "test":
-        draw_retrieval(f"{args.output}/retrieval.png", records, dual_logits.cpu(), text_to_image)
+        draw_retrieval(f"{args.output}/retrieval.png", records, dual_logits, text_to_image)
     return result
 
 
@@ -684,7 +687,7 @@ def load_captions(path, images=None):
     images: the folder that image paths start from; that of the file, if not given. InputError for
     other contents, and for an image with a blank caption or none."""
     splits = {"train": {}, "val": {}, "test": {}}  # split -> image -> Record
-    # The split that a file of ALBEF's rows is named after, but not the "val" in "retrieval".
+    # The splits that a file of ALBEF's rows is named after, but not the "val" in "retrieval".
     named = set(re.findall("(?<![a-z])(?:train|val|test)", Path(path).stem))
     with input_errors(f"{path} cannot be read as captions in Karpathy's or ALBEF's format"):
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -693,12 +696,13 @@ def load_captions(path, images=None):
                 image, split = Path(row.get("filepath", ""), row["filename"]), row["split"]
                 captions = [sentence["raw"] for sentence in row["sentences"]]
             else:
-                image, (split,), captions = row["image"], named, row["caption"]  # exactly one name
+                (split,) = named  # fails where it is not exactly one
+                image, captions = row["image"], row["caption"]
                 captions = [captions] if isinstance(captions, str) else captions
-            captions = [caption.strip() for caption in captions[:]]  # a dictionary fails here
+            captions = [caption.strip() for caption in captions[:]]  # [:] fails for a dictionary
             if not captions or not all(captions):
                 raise ValueError(f"{image} has a blank caption or none")
-            " ".join([str(image), *captions]).encode()  # half a surrogate pair fails here
+            " ".join([str(image), *captions]).encode()  # fails for half a surrogate pair
             split = split.replace("restval", "train")  # COCO: the rest of its val, for training
             image = str(Path(images or Path(path).parent, image))
             splits[split].setdefault(image, Record(image, [])).captions.extend(captions)
@@ -729,7 +733,7 @@ def load_splits(args):
                                      f"{split}")
             if split in splits:
                 splits[split] += records
-    for url in PHOTOS.get(name, ()):  # to test on COCO, only val2014
+    for url in PHOTOS.get(name, ()):  # only what the captions name: to test on COCO, val2014 alone
         if args.images is None and any(f"/{Path(url).stem}/" in image for image in split_of):
             fetch(url, folder)
     for split, records in splits.items():
@@ -743,7 +747,7 @@ def load_splits(args):
 
 def fetch(url, folder):
     """Download url into folder, and unpack it if it is a zip -> path, which exists only when it is
-    whole. Then it is not asked for again; a download that broke off goes on, if the server can do
+    whole, and then is not fetched again. An interrupted download is resumed if the server can do
     that. InputError when a download breaks off, is silent for a minute, or is damaged."""
     archive = Path(folder, url.rpartition("/")[2])
     target, part = Path(folder, archive.name.removesuffix(".zip")), Path(f"{archive}.part")
@@ -889,8 +893,8 @@ def load_albef(model, state):
     """Fill model from ALBEF's released weights: checkpoint["model"] of a pre-trained or fine-tuned
     .pth, whose ViT may have been trained at another image size."""
     split, vit, rest = len(model.text_encoder.encoder.layer), {}, {}
-    # There, as a regular expression -> here. Parts of the ViT get the names of older transformers,
-    # which from_pretrained translates into those of the installed version.
+    # There, as a regular expression -> here; applied one after the other. Parts of the ViT get the
+    # names of older transformers, which from_pretrained translates into the installed version's.
     names = {
         r"^text_encoder\.bert\.": "text_encoder.",  # the pre-trained file's
         "^vision_proj": "image_projection", "^text_proj": "text_projection",
@@ -931,7 +935,8 @@ def load_albef(model, state):
 # ------------------------------------------------------------------- A run: its files and processes
 
 def start_run(model, tokenizer, splits, args, saved):
-    """Begin log.jsonl, and write beside it what using a checkpoint takes; or go back to `saved`."""
+    """Begin log.jsonl, and write beside it what a checkpoint needs; or cut the log back to where it
+    was when `saved` was written."""
     if saved:
         os.truncate(f"{args.output}/log.jsonl", saved["log_size"])
         return
@@ -1007,7 +1012,7 @@ def draw_retrieval(path, records, dual_logits, scores, words=None, count=6, side
     queries = [(words, None)] if words else []  # text, path of its image
     for record in records:
         queries += [(caption, record.image) for caption in record.captions]
-    changed = (dual_logits.argmax(0) != scores.argmax(0)).nonzero().flatten().tolist()
+    changed = (dual_logits.argmax(0).cpu() != scores.argmax(0)).nonzero().flatten().tolist()
     shown = changed[::max(1, len(changed) // count)][:count] or [0]
     step = side + 8
     canvas = Image.new("RGB", (10 * step + 40, 32 + len(shown) * (step + 30)), "white")
@@ -1090,10 +1095,10 @@ def number(kind, low, high=1e9, words={}):
 
 
 def parse_arguments(argv):
-    """-> args, content of the checkpoint to start from or None. InputError when --output holds
-    another run."""
-    # The command line is parsed again after each change of defaults, so that it beats them all. In
-    # training, PRESETS beat TRAINED_START; in evaluation, the options of the run are the defaults.
+    """-> args, content of the checkpoint to start from or None. args.of_run has the options that
+    make a run what it is, stored in its checkpoints. InputError when --output holds another run."""
+    # The command line is parsed again after each change of defaults, so that what it says beats all
+    # of them. In training, PRESETS beat TRAINED_START; in evaluation, the run's options beat both.
     parser = argument_parser()
     args = parser.parse_args(argv)
     data = args.data or ["toy"]
@@ -1121,12 +1126,12 @@ def parse_arguments(argv):
     others = ("train", "evaluate", "search", "checkpoint", "output", "workers", "device")
     args.of_run = {name: value for name, value in vars(args).items() if name not in others}
     if args.train and last.exists():
-        stored = checkpoint.get("options", {}) | {"root": args.root}
-        other = [f"--{option.replace('_', '-')} {value}" for option, value in stored.items()
+        stored = checkpoint["options"] | {"root": args.root}  # resumed, maybe, in another folder
+        other = [f"{option}={value!r}" for option, value in stored.items()
                  if value != args.of_run.get(option)]
         if other:
-            raise InputError(f"{args.output} holds a run with {', '.join(other)}: to go on, give "
-                             "these; for a new run, another --output")
+            raise InputError(f"{args.output} holds a run with {', '.join(other)}: choose the same "
+                             "to go on, or another --output for a new run")
     elif args.output and any(Path(args.output).glob("*.pt")):
         raise InputError(f"nothing may overwrite the run in {args.output}: give another --output")
     return args, checkpoint
@@ -1162,8 +1167,7 @@ def main(argv=None):
                 args.image_model, args.text_model, args.text_layers, args.image_size, checkpoint,
                 args.init == "scratch", args.bf16, args.device)
             splits = load_splits(args)
-        if args.output:
-            Path(args.output).mkdir(parents=True, exist_ok=True)
+        os.makedirs(args.output or ".", exist_ok=True)
         if args.search:
             search(model, tokenizer, splits["test"], args, Path(checkpoint["path"]).parent)
         if args.train:
@@ -1173,17 +1177,17 @@ def main(argv=None):
             if args.train:
                 model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
             evaluate(model, tokenizer, splits["test"], args)
-        sys.stdout.flush()
+        sys.stdout.flush()  # a closed pipe fails here, inside `try`
         return 0
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        # An error in a loader's process comes as a traceback, whose last line names class and
-        # message.
-        message = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
+        # From a loader's process comes a traceback, whose last line is "InputError: message".
+        message = (str(error).strip() or repr(error)).splitlines()[-1]
+        message = message.rpartition("InputError: ")[2]
         print(f"loopitr: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("loopitr: stopped; repeat the command to go on", file=sys.stderr)
-        return 143 if stop.args else 130
+        return 143 if stop.args else 130  # `terminate` gives an argument, Ctrl-C none
 
 
 def terminate(number, frame):

@@ -790,9 +790,9 @@ def table_of(output):
 def test_a_run_with_other_options_is_refused_and_left_as_it_is(here, trained, capsys, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
-    for option, value, old in (("--lr", "0.5", "--lr 0.001"), ("--epochs", 3, "--epochs 2"),
-                               ("--seed", 1, "--seed 0"), ("--negatives", 2, "--negatives 1"),
-                               ("--data", "x.json", "--data ['toy']")):
+    for option, value, old in (("--lr", "0.5", "lr=0.001"), ("--epochs", 3, "epochs=2"),
+                               ("--seed", 1, "seed=0"), ("--negatives", 2, "negatives=1"),
+                               ("--data", "x.json", "data=['toy']")):
         fails(capsys, command(tmp_path / "run", option, value), old, "--output")
     fails(capsys, ["--evaluate", "--output", tmp_path / "run", "--checkpoint",
                    tmp_path / "run" / "best.pt"], "nothing may overwrite", "--output")
@@ -1103,11 +1103,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(here, t
     assert all(tensor.isfinite().all() for tensor in kept["model"].values())
 
 
-def test_memory_that_does_not_suffice_is_one_line(here, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("error, message", [
+    (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory"),
+    (TimeoutError(), "TimeoutError")])  # has no text of its own
+def test_memory_that_does_not_suffice_is_one_line(here, tmp_path, capsys, monkeypatch, error,
+                                                  message):
     def exhausted(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
     monkeypatch.setattr(loopitr, "loop_losses", exhausted)
-    fails(capsys, command(tmp_path), "CUDA out of memory")
+    fails(capsys, command(tmp_path), message)
 
 
 # ------------------------------------------------------------------------------------------------
