@@ -289,8 +289,8 @@ class LoopITR(nn.Module):
         image_tokens = image_tokens.float()  # evaluation keeps tokens in half precision
         # Not [text_index], whose backward pass adds up in another order each time, on a CPU.
         text, mask = text_tokens.index_select(0, text_index).float(), attention_mask[text_index]
-        # The table of `Attention`, with a row for each image: before a pair stand the pairs with the
-        # same image that come earlier.
+        # In the table of `Attention`, a pair's row is its image, and its column the number of pairs
+        # with this image before it.
         of_image = F.one_hot(image_index, len(image_tokens))  # (P,I)
         column = (of_image.cumsum(0) * of_image).sum(1) - 1
         longest = int(column.max()) + 1
