@@ -102,7 +102,8 @@ class RandAugment(v2.RandAugment):
 
 
 def image_transform(size, augment=False):
-    """PIL image -> tensor (3,size,size). Augmentation, mean and standard deviation are ALBEF's."""
+    """PIL image -> tensor (3,size,size). Mean, standard deviation and augmentation are ALBEF's, but
+    for the strength of RandAugment, which torchvision scales in its own way."""
     bicubic = InterpolationMode.BICUBIC
     if augment:
         steps = [v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
@@ -134,8 +135,8 @@ def tokenize(tokenizer, captions):
         cleaned.append(re.sub(r"[-/\s]+", " ", caption).replace("<person>", "person").strip())
     text = tokenizer(cleaned, padding=True, padding_side="right", truncation=True, max_length=31,
                      return_tensors="pt")
-    # ALBEF knows no [SEP], the last token of every text. The mask, shifted left by one, ends one
-    # token earlier and so hides it; in the longest text it goes with the last column.
+    # ALBEF's tokenizer adds no [SEP]; ours ends every text with it. The mask, shifted left by one,
+    # ends one token earlier and so hides it; in the longest text it goes with the last column.
     return text["input_ids"][:, :-1], text["attention_mask"][:, 1:]
 
 
@@ -168,8 +169,8 @@ class Attention(nn.Module):
         Self-attention: source (P,L,D) is text, read where mask (P,L) is not 0.
         Cross-attention: source (I,N,D) is images, and all texts paired with an image form one long
         query to it. Images have different numbers of texts, so these are padded to a table with a
-        row for each image. places = (slots (P,), longest): pair p stands in cell slots[p], counted
-        row by row, of its I * longest cells.
+        row for each image and as many columns as any image has texts: places = (slots (P,),
+        longest); pair p stands in cell slots[p], counted row by row, of the I * longest cells.
         """
         query = self.self["query"](x)
         key, value = self.self["key"](source), self.self["value"](source)
@@ -210,7 +211,7 @@ class CrossLayer(nn.Module):
 
 class LoopITR(nn.Module):
     """The shared network: a transformers vision model, [CLS] first, and a BertModel, whose layers
-    from `text_layers` on start the cross encoder (ALBEF). bf16: mixed precision; None means yes,
+    from `text_layers` on become the cross encoder (ALBEF). bf16: mixed precision; None means yes,
     except on a CPU. InputError when an encoder would have no layer, or a model does not fit."""
 
     def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, bf16=None):
@@ -258,7 +259,7 @@ class LoopITR(nn.Module):
         """Keep fewer activations for the backward pass, and compute them twice."""
         self.grad_checkpointing = True  # of the cross encoder
         for encoder in (self.image_encoder, self.text_encoder):
-            # The second name is the one that transformers had before 5.23.
+            # The second name is the one before transformers 5.23, deprecated since.
             enable = getattr(encoder, "activation_checkpointing_enable", None)
             (enable or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
 
@@ -289,8 +290,8 @@ class LoopITR(nn.Module):
         image_tokens = image_tokens.float()  # evaluation keeps tokens in half precision
         # Not [text_index], whose backward pass adds up in another order each time, on a CPU.
         text, mask = text_tokens.index_select(0, text_index).float(), attention_mask[text_index]
-        # In the table of `Attention`, a pair's row is its image, and its column the number of pairs
-        # with this image before it.
+        # In the table of `Attention`, a pair's row is its image, and its column how many earlier
+        # pairs have the same image.
         of_image = F.one_hot(image_index, len(image_tokens))  # (P,I)
         column = (of_image.cumsum(0) * of_image).sum(1) - 1
         longest = int(column.max()) + 1
@@ -361,11 +362,12 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
     objective: kl, mse, margin, label or none; ValueError for others. The defaults are those of
     training. Ours: the paper's formula is not known to us.
     """
-    # Detached: the student must not teach its teacher. A temperature below 1 makes the teacher more
-    # decisive; 0.5 was chosen by trial.
+    # Detached: the student must not teach its teacher. Against hard negatives that one learns what
+    # the dual encoder lacks (see `rerank`), so it corrects the student rather than being its aim;
+    # hence a small weight. A temperature below 1 makes it more decisive; 0.5 was chosen by trial.
     teacher = teacher.detach() / temperature
     if objective == "none" or student.shape[1] == 1:  # without negatives there is nothing to learn
-        return student.sum() * 0  # a zero that has a gradient
+        return student.new_zeros(())
     if objective == "kl":  # KL(softmax(teacher) || softmax(student)): Hinton et al., 1503.02531
         return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
     if objective == "mse":  # rows are centred: adding a constant does not change a ranking
@@ -432,8 +434,8 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
 # ----------------------------------------------------------------------------------------- Training
 
 def make_optimizer(model, lr, new_lr):
-    """AdamW; weight decay 0.02, none for biases and norms (ALBEF). Layers without
-    pre-trained weights learn at the peak rate new_lr, all others at lr (ours)."""
+    """AdamW; weight decay 0.02, none for biases and norms (ALBEF). Layers without pre-trained
+    weights, and the temperature, learn at the peak rate new_lr, all others at lr (ours)."""
     groups = {}  # (peak rate, decay) -> parameters
     for name, parameter in model.named_parameters():
         new = re.search("crossattention|_projection|match_head|temperature", name)
@@ -461,7 +463,7 @@ def train(model, tokenizer, splits, args, saved=None):
     loader = DataLoader(pairs, share, sampler=sampler, num_workers=args.workers, drop_last=True,
                         collate_fn=collate, pin_memory=args.device == "cuda")
     optimizer = make_optimizer(model, args.lr, args.new_lr)
-    # Numbers of epochs; a run that stopped in validation has trained one more than it validated.
+    # Finished epochs: a run that was stopped in validation has trained one more than it validated.
     state = {"trained": 0, "validated": 0, "best": -1.0}  # best: rsum on val
     if saved:
         with input_errors(f"{saved['path']} is damaged"):
@@ -477,7 +479,7 @@ def train(model, tokenizer, splits, args, saved=None):
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     for epoch in range(state["validated"], args.epochs):
         if state["trained"] == epoch:
-            # All that is random in an epoch follows from these two, whatever happened before.
+            # All that is random in an epoch follows from these two seeds, whatever happened before.
             sampler.set_epoch(epoch)
             torch.manual_seed(1_000_000 * args.seed + 1_000 * epoch + rank)
             train_epoch(parallel, loader, optimizer, epoch, args)
@@ -541,9 +543,9 @@ def recall_at_k(image_to_text, image_of_text, ks=(1, 5, 10), text_to_image=None)
     k; IR@k, text to image; rsum, the sum of all.
 
     image_to_text (I,T): scores; text_to_image (I,T), if the other direction has its own;
-    image_of_text (T,): the image that each text belongs to -> dict. A wrong candidate that ties
-    with the best right one, or is not a number, counts as ahead of it, so that a constant scorer
-    gets 0 (as long as there are k wrong ones). Images without captions are no queries.
+    image_of_text (T,): the image that each text belongs to -> dict. A wrong candidate counts as
+    ahead if its score equals the best right one's, or is NaN, so that a constant scorer gets 0 (as
+    long as there are k wrong ones). Images without captions are no queries.
     """
     text_to_image = image_to_text if text_to_image is None else text_to_image
     images = torch.arange(len(image_to_text), device=image_to_text.device)
@@ -621,7 +623,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
             match_logits[image_index, text_index] = model.match(
                 image_tokens[first:last + 1].to(model.device), text_tokens[:, :longest],
                 attention_mask[:, :longest], image_index - first, text_index)
-    # In double precision, in which shifting dual scores below the others makes none of them tie.
+    # In double precision, since shifting the dual scores could make some of them equal in single.
     scores = (match_logits + dual_weight * dual_scores).cpu().double()
     dual_scores, lowest = dual_scores.cpu().double(), scores[shortlisted.cpu()].min()
     below = dual_scores - dual_scores.max() + lowest - 1  # under all that is re-ranked
@@ -687,8 +689,7 @@ def load_captions(path, images=None):
     images: the folder that image paths start from; that of the file, if not given. InputError for
     other contents, and for an image with a blank caption or none."""
     splits = {"train": {}, "val": {}, "test": {}}  # split -> image -> Record
-    # The splits that a file of ALBEF's rows is named after, but not the "val" in "retrieval".
-    named = set(re.findall("(?<![a-z])(?:train|val|test)", Path(path).stem))
+    named = set(re.findall("(?<![a-z])(train|val|test)(?![a-z])", Path(path).stem))
     with input_errors(f"{path} cannot be read as captions in Karpathy's or ALBEF's format"):
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         for row in content["images"] if isinstance(content, dict) else content:
@@ -696,8 +697,9 @@ def load_captions(path, images=None):
                 image, split = Path(row.get("filepath", ""), row["filename"]), row["split"]
                 captions = [sentence["raw"] for sentence in row["sentences"]]
             else:
-                (split,) = named  # fails where it is not exactly one
-                image, captions = row["image"], row["caption"]
+                if len(named) != 1:
+                    raise ValueError("its name must have train, val or test as a word of its own")
+                (split,), image, captions = named, row["image"], row["caption"]
                 captions = [captions] if isinstance(captions, str) else captions
             captions = [caption.strip() for caption in captions[:]]  # [:] fails for a dictionary
             if not captions or not all(captions):
@@ -989,7 +991,7 @@ def gather(x):
 @torch.no_grad()
 def search(model, tokenizer, records, args, folder):
     """Print and draw the dual encoder's top --rerank images for the words of --search, ordered by
-    match logit plus --dual-weight * dual logit."""
+    the sum: match logit + --dual-weight * dual logit."""
     paths = [record.image for record in records]
     embeddings = encode_images(model, paths, args.image_size, args.workers, keep_tokens=False)[1]
     text_tokens, mask, text = encode_texts(model, tokenizer, [args.search])
@@ -1000,9 +1002,9 @@ def search(model, tokenizer, records, args, folder):
     image_tokens = encode_images(model, paths, args.image_size, args.workers)[0]
     match = rerank(model, image_tokens, text_tokens, mask, dual, len(paths))[1]
     scores = match + args.dual_weight * dual.cpu()
-    print("   match     dual")
+    print("     sum    match     dual")
     for i in scores[:, 0].argsort(descending=True, stable=True).tolist():
-        print(f"{match[i].item():8.2f} {dual[i].item():8.2f}  {paths[i]}")
+        print(f"{scores[i].item():8.2f} {match[i].item():8.2f} {dual[i].item():8.2f}  {paths[i]}")
     draw_retrieval(Path(args.output or folder, "search.png"), records, dual, scores, args.search)
 
 
@@ -1142,8 +1144,6 @@ def input_errors(problem):
     """Whatever goes wrong inside, where files or models are read, becomes an InputError."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:  # damaged and foreign files raise many kinds
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{problem}: {type(error).__name__}: {reason}") from error
@@ -1197,4 +1197,7 @@ def terminate(number, frame):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminate)
-    sys.exit(main())
+    code = main()
+    if code == 0 and dist.is_initialized():
+        dist.destroy_process_group()  # left to the interpreter's exit, it may abort
+    sys.exit(code)

@@ -732,13 +732,15 @@ def test_training_writes_checkpoints_log_picture_and_table(trained):
     assert splits == ["val", "val", "test"]  # the test split is touched once, at the end
     table = stdout.splitlines()
     head = [i for i, line in enumerate(table) if "TR@1" in line][2]  # of val, val, test
-    assert "test: " in table[head - 1] and "top 16" in table[head - 1] and "12 images, 24 texts" in table[head - 1]
+    assert all(part in table[head - 1] for part in ("test: 12 images, 24 texts", "top 16"))
     assert table[head].split() == [*"TR@1 TR@5 TR@10 IR@1 IR@5 IR@10 rsum seconds".split()]
     for name, line in zip(("dual", "cross"), table[head + 1:]):
         values = [float(value) for value in line.removeprefix(f"{name} encoder").split()]
         assert values[6] == pytest.approx(sum(values[:6]), abs=0.5)
         assert values[:6] == pytest.approx(list(log_of(output, "split")[2][name].values())[:6],
                                            abs=0.06)
+    assert 0 < log_of(output, "split")[2]["dual"]["seconds"] <= log_of(output, "split")[2]["cross"][
+        "seconds"]
 
 
 def test_the_picture_frames_the_right_image(here, tmp_path):
@@ -923,7 +925,7 @@ def test_presets_and_the_start_decide_defaults_and_help_shows_them(here, capsys,
         assert all(f"'{name}': {value!r}" in text for name, value in preset.items())
 
 
-def test_own_captions_and_frozen_image_encoder_from_saved_backbones(here, tmp_path):
+def test_own_captions_and_frozen_image_encoder_from_saved_backbones(here, tmp_path, monkeypatch):
     """Any Karpathy file with pre-trained backbones in local folders."""
     for kind in ("image", "text"):
         folder = here / "data" / "toy" / f"{kind}-model"
@@ -941,6 +943,8 @@ def test_own_captions_and_frozen_image_encoder_from_saved_backbones(here, tmp_pa
     start = transformers.AutoModel.from_pretrained(tmp_path / "text").state_dict()
     moved = [name for name in start if f"text_encoder.{name}" in saved and "weight" in name]
     assert not any(torch.equal(saved[f"text_encoder.{name}"], start[name]) for name in moved)
+    monkeypatch.chdir(tmp_path)  # the run knows where its data are
+    assert loopitr.main(["--evaluate", "--checkpoint", "run/best.pt"]) == 0
 
 
 def test_training_starts_from_a_checkpoint_of_ours(here, trained, tmp_path):
@@ -993,9 +997,10 @@ def test_search_by_words_equals_scoring_every_image(here, trained, tmp_path, cap
         dual = (vectors @ vector.T / model.temperature)[:, 0]
     expected = sorted(zip(match.tolist(), dual.tolist(), (r.image for r in records)),
                       key=lambda one: -one[0] - 3 * one[1])
-    assert [Path(line[2]).name for line in printed] == [Path(e[2]).name for e in expected]
+    assert [Path(line[3]).name for line in printed] == [Path(e[2]).name for e in expected]
     for line, (one, other, _) in zip(printed, expected):
-        assert (float(line[0]), float(line[1])) == pytest.approx((one, other), abs=0.02)
+        assert [float(number) for number in line[:3]] == pytest.approx(
+            [one + 3 * other, one, other], abs=0.03)
     assert Image.open(tmp_path / "search.png").size[0] > 500
 
 
@@ -1197,7 +1202,11 @@ def test_training_and_evaluation_have_their_modes_and_transforms(here, tmp_path,
         monkeypatch.setattr(loopitr.LoopITR, name, record(name, real))
     monkeypatch.setattr(loopitr, "image_transform", lambda size, augment=False: (
         transforms.append((size, augment)) or transform(size, augment)))
+    drawn, draw = [], loopitr.draw_retrieval
+    monkeypatch.setattr(loopitr, "draw_retrieval", lambda path, records, *rest: (
+        drawn.append(len(records)) or draw(path, records, *rest)))
     assert loopitr.main(command(tmp_path, "--augment", "--epochs", 1)) == 0
+    assert drawn == [12]  # examples of the test split, not of val
     assert seen - {("encode_image", True, True)} == {  # that one is the try of build_model, too
         (name, mode, mode) for name in ("encode_text", "match") for mode in (True, False)} | {
         ("encode_image", False, False)}
@@ -1592,8 +1601,8 @@ def test_photos_that_are_missing_from_a_folder_name_it(server, tmp_path):
     offer_flickr30k(server)
     load("flickr30k", tmp_path)
     (tmp_path / "flickr30k" / "flickr30k-images" / "val.jpg").unlink()
-    with pytest.raises(loopitr.InputError, match="val split: of 1 images 1 are missing .*flickr30k-images/val.jpg.*"
-                       "delete its folder"):
+    with pytest.raises(loopitr.InputError, match="val split: of 1 images 1 are missing .*"
+                       "flickr30k-images/val.jpg.*delete its folder"):
         load("flickr30k", tmp_path)
 
 
@@ -1815,6 +1824,8 @@ def one_step(rank, processes, folder, pairs=8):
     losses["contrastive"].backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     torch.save((losses["contrastive"].detach(), gradients), f"{folder}/{processes}-{rank}")
+    if processes > 1:
+        torch.distributed.destroy_process_group()
 
 
 def test_two_processes_have_the_gradients_of_one_on_the_joined_batch(tmp_path):
@@ -1907,7 +1918,8 @@ def test_every_function_and_option_that_the_readme_names_exists():
     parts = [re.search(rf"## {title}.*?(?=\n## )", text, re.S)[0] for title in (
         "Where to find what", "Implementation details", "Copying pieces")]
     names = set(re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)`", "".join(parts))) - {
-        "F", "SPDX", "places", "match", "eval", "device", "cross_encoder", "match_head", "dual_weight"}
+        "F", "nn", "SPDX", "match", "eval", "device", "cross_encoder", "match_head",
+        "dual_weight"}
     assert names >= {"LoopITR", "sample_hard_negatives", "loop_losses", "distillation_loss",
                      "gather", "rerank", "recall_at_k", "evaluate", "tokenize", "LoopITR.match"}
     for name in names:
