@@ -556,6 +556,12 @@ def test_a_file_of_another_form_is_named(tmp_path, name, content):
         load_captions(write_json(tmp_path / name, content))
 
 
+@pytest.mark.parametrize("name", ["captions.json", "trainval.json", "train_and_val.json"])
+def test_a_file_of_rows_is_named_after_one_split(tmp_path, name):
+    with pytest.raises(loopitr.InputError, match=f"{name} .*as a word of its own"):
+        load_captions(write_json(tmp_path / name, [{"image": "a.jpg", "caption": "x"}]))
+
+
 def test_toy_scenes_are_drawn_once_and_say_what_they_show(tmp_path):
     path = make_toy_dataset(tmp_path / "toy", train=8, val=2, test=3)
     splits = load_captions(path)
