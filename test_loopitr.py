@@ -813,7 +813,9 @@ def test_a_run_with_other_options_is_refused_and_left_as_it_is(here, trained, ca
 def test_signals_end_with_one_line_and_whole_files(toy, tmp_path, number, code):
     process = subprocess.Popen(
         [sys.executable, loopitr.__file__, *command(tmp_path, "--epochs", 1000)],
-        cwd=toy, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        cwd=toy, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Whoever runs the tests in the background of a shell passes on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.time() + 60
     while not (tmp_path / "last.pt").exists() and time.time() < deadline:
         time.sleep(0.1)
