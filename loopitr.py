@@ -48,7 +48,7 @@ import sys
 import time
 import urllib.request
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -69,16 +69,15 @@ from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput,
 from transformers.trainer_pt_utils import torch_distributed_zero_first
 
 # What --data toy, flickr30k and coco use instead of the defaults, which stand in `argument_parser`.
-TOY = dict(
-    image_model="data/toy/image-model", text_model="data/toy/text-model", text_layers=2,
-    init="scratch",  # `make_toy_dataset` writes configurations of small backbones, no weights
-    image_size=48, epochs=1, batch_size=64, lr=1e-3, new_lr=1e-3, workers=0,
-    augment=False,  # a flipped scene has its left on the right
-    random_first=0.0,  # on scenes this small, hard negatives work from the start
-)
-FLICKR30K = dict(init="albef", negatives=4, epochs=10, grad_checkpointing=True)
-COCO = dict(init="albef", negatives=4, epochs=5, grad_checkpointing=True)
-PRESETS = {"toy": TOY, "flickr30k": FLICKR30K, "coco": COCO}
+PRESETS = {
+    "toy": dict(
+        image_model="data/toy/image-model", text_model="data/toy/text-model", text_layers=2,
+        init="scratch",  # `make_toy_dataset` writes configurations of small backbones, no weights
+        image_size=48, epochs=1, batch_size=64, lr=1e-3, new_lr=1e-3, workers=0,
+        augment=False,  # a flipped scene has its left on the right
+        random_first=0.0),  # on scenes this small, hard negatives work from the start
+    "flickr30k": dict(init="albef", negatives=4, epochs=10, grad_checkpointing=True),
+    "coco": dict(init="albef", negatives=4, epochs=5, grad_checkpointing=True)}
 
 # What changes when --init names a checkpoint, in which all parts are trained: nothing has to wait,
 # and one learning rate suits them all, as in ALBEF.
@@ -107,8 +106,7 @@ def image_transform(size, augment=False):
     bicubic = InterpolationMode.BICUBIC
     if augment:
         steps = [v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
-                 v2.RandomHorizontalFlip(),
-                 RandAugment(num_ops=2, magnitude=7)]
+                 v2.RandomHorizontalFlip(), RandAugment(num_ops=2, magnitude=7)]
     else:
         steps = [v2.Resize((size, size), interpolation=bicubic)]
     return v2.Compose([*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
@@ -170,8 +168,7 @@ class Attention(nn.Module):
         Cross-attention: source (I,N,D) is images, and all texts paired with an image form one long
         query to it. Images have different numbers of texts, so these are padded to a table with a
         row for each image and as many columns as any image has texts: places = (slots (P,),
-        longest); pair p stands in cell slots[p], counted row by row, of the I * longest cells.
-        """
+        longest); pair p stands in cell slots[p], counted row by row, of the I * longest cells."""
         query = self.self["query"](x)
         key, value = self.self["key"](source), self.self["value"](source)
         if places is not None:
@@ -285,13 +282,11 @@ class LoopITR(nn.Module):
         """The cross encoder -> match logits (P,): the log-odds that each pair belongs together.
 
         image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L); pair p is image
-        image_index[p] with text text_index[p]. Pairs may come in any order, at least one.
-        """
+        image_index[p] with text text_index[p]. Pairs may come in any order, at least one."""
         image_tokens = image_tokens.float()  # evaluation keeps tokens in half precision
         # Not [text_index], whose backward pass adds up in another order each time, on a CPU.
         text, mask = text_tokens.index_select(0, text_index).float(), attention_mask[text_index]
-        # In the table of `Attention`, a pair's row is its image, and its column how many earlier
-        # pairs have the same image.
+        # In the table of `Attention`, row is the image, column how many earlier pairs have it, too.
         of_image = F.one_hot(image_index, len(image_tokens))  # (P,I)
         column = (of_image.cumsum(0) * of_image).sum(1) - 1
         longest = int(column.max()) + 1
@@ -317,8 +312,7 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
     similarity (Q,C): dual logits; is_positive (Q,C): bool -> indices (Q,m), without gradient.
     strategy: "softmax" draws without replacement from the softmax over the negatives (ALBEF),
     "topk" takes the hardest, "random" any; KeyError for others. When a query has too few negatives
-    (one image in the batch: none), all queries get fewer, and none ever gets a positive.
-    """
+    (one image in the batch: none), all queries get fewer, and none ever gets a positive."""
     with torch.no_grad():
         # Gumbel noise is minus the log of an exponential variable. The m largest of logits plus
         # Gumbel noise are an exact draw of m without replacement from the softmax of the logits.
@@ -338,8 +332,7 @@ def contrastive_loss(logits, is_positive):
     """Softmax cross-entropy in both directions; a query's target is spread over its positives.
 
     logits (B,T): dual logits; is_positive (B,T): bool -> scalar. A query without positives adds
-    0 to the mean. Source: ITC of ALBEF, without momentum targets.
-    """
+    0 to the mean. Source: ITC of ALBEF, without momentum targets."""
     targets = is_positive.float()
     image_to_text = F.cross_entropy(logits, F.normalize(targets, p=1, dim=1))
     text_to_image = F.cross_entropy(logits.T, F.normalize(targets.T, p=1, dim=1))
@@ -349,8 +342,7 @@ def contrastive_loss(logits, is_positive):
 def matching_loss(logits, labels):
     """Binary cross-entropy of match logits (P,) against labels (P,) -> scalar, mean over pairs.
 
-    Source: ITM of ALBEF, whose cross-entropy over two logits is this one over their difference.
-    """
+    Source: ITM of ALBEF, whose cross-entropy over two logits is this one over their difference."""
     return F.binary_cross_entropy_with_logits(logits, labels.float())
 
 
@@ -360,8 +352,7 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
     student, teacher (Q,1+m): dual and match logits, the positive in column 0 -> scalar, mean over
     queries (mse, margin: and over candidates). The teacher's logits are divided by `temperature`.
     objective: kl, mse, margin, label or none; ValueError for others. The defaults are those of
-    training. Ours: the paper's formula is not known to us.
-    """
+    training. Ours: the paper's formula is not known to us."""
     # Detached: the student must not teach its teacher. Against hard negatives that one learns what
     # the dual encoder lacks (see `rerank`), so it corrects the student rather than being its aim;
     # hence a small weight. A temperature below 1 makes it more decisive; 0.5 was chosen by trial.
@@ -389,8 +380,7 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     cross_recall).
 
     batch: pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,) of this process.
-    sampling as in `sample_hard_negatives`, objective as in `distillation_loss`.
-    """
+    sampling as in `sample_hard_negatives`, objective as in `distillation_loss`."""
     pixels, input_ids, attention_mask, image_ids = batch
     image_tokens, image_embedding = model.encode_image(pixels)
     text_tokens, text_embedding = model.encode_text(input_ids, attention_mask)
@@ -545,8 +535,7 @@ def recall_at_k(image_to_text, image_of_text, ks=(1, 5, 10), text_to_image=None)
     image_to_text (I,T): scores; text_to_image (I,T), if the other direction has its own;
     image_of_text (T,): the image that each text belongs to -> dict. A wrong candidate counts as
     ahead if its score equals the best right one's, or is NaN, so that a constant scorer gets 0 (as
-    long as there are k wrong ones). Images without captions are no queries.
-    """
+    long as there are k wrong ones). Images without captions are no queries."""
     text_to_image = image_to_text if text_to_image is None else text_to_image
     images = torch.arange(len(image_to_text), device=image_to_text.device)
     is_right = image_of_text.to(images.device) == images[:, None]  # (I,T)
@@ -601,8 +590,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     image_to_text, text_to_image (I,T), on the CPU: match logit + dual_weight * dual score for the
     k best texts of each image, or the k best images of each text; all others below, in dual order.
     dual_weight is ours: trained on negatives drawn by dual scores, the cross encoder does not learn
-    what the dual scores capture. pairs_per_pass bounds the memory that is used on the device.
-    """
+    what the dual scores capture. pairs_per_pass bounds the memory that is used on the device."""
     model.eval()
     # All that tie with the k-th best are in, too: if topk left some of them out, a right one could
     # win by luck, and a cross encoder that says nothing would seem to gain.
@@ -636,8 +624,7 @@ def evaluate(model, tokenizer, records, args, split="test", epoch=None):
     """Print recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top
     --rerank, whose seconds include the dual's; with --output, log it, and draw examples of test.
 
-    -> {"dual": {"TR@1", .., "rsum", "seconds"}, "cross": {..}}
-    """
+    -> {"dual": {"TR@1", .., "rsum", "seconds"}, "cross": {..}}"""
     captions, image_of_text = [], []
     for number, record in enumerate(records):
         captions += record.captions
@@ -708,8 +695,6 @@ def load_captions(path, images=None):
             split = split.replace("restval", "train")  # COCO: the rest of its val, for training
             image = str(Path(images or Path(path).parent, image))
             splits[split].setdefault(image, Record(image, [])).captions.extend(captions)
-        if not any(splits.values()):
-            raise ValueError("it names no images")
     return {split: list(records.values()) for split, records in splits.items()}
 
 
@@ -731,8 +716,7 @@ def load_splits(args):
         for split, records in load_captions(file, args.images).items():
             for image, _ in records:
                 if split_of.setdefault(image, split) != split:
-                    raise InputError(f"{file}: {image} is in two splits, {split_of[image]} and "
-                                     f"{split}")
+                    raise InputError(f"{image} is in two splits, {split_of[image]} and {split}")
             if split in splits:
                 splits[split] += records
     for url in PHOTOS.get(name, ()):  # only what the captions name: to test on COCO, val2014 alone
@@ -741,9 +725,9 @@ def load_splits(args):
     for split, records in splits.items():
         missing = [record.image for record in records if not os.path.isfile(record.image)]
         if missing or not records:
-            raise InputError(f"{split} split: of {len(records)} images {len(missing)} are missing "
-                             f"{missing[:1]}: --images names the folder that their paths start "
-                             "from; if a download was unpacked in part, delete its folder")
+            raise InputError(f"{name or args.images}: {split} split: of {len(records)} images "
+                             f"{len(missing)} are missing {missing[:1]}: --images names the folder "
+                             "paths start from; if a download unpacked in part, delete its folder")
     return splits
 
 
@@ -759,16 +743,16 @@ def fetch(url, folder):
     if not archive.exists():
         part.touch()
         request = urllib.request.Request(url, headers={"Range": f"bytes={part.stat().st_size}-"})
-        with input_errors(f"{url} did not arrive: repeat the command to go on, delete {part} to "
-                          f"begin anew, or download it by other means to {archive}"):
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                bar = tqdm.wrapattr(answer, "read", desc=archive.name, total=answer.length)
-                # Status 206 brings what is missing, 200 all of it once more.
-                with bar as source, open(part, "ab" if answer.status == 206 else "wb") as file:
-                    shutil.copyfileobj(source, file)
-                if answer.length:  # counts down to 0; None when the server does not tell it
-                    raise OSError(f"the connection broke {answer.length} bytes before the end")
-            os.replace(part, archive)
+        with (input_errors(f"{url} did not arrive: repeat the command to go on, delete {part} to "
+                           f"begin anew, or download it by other means to {archive}"),
+              urllib.request.urlopen(request, timeout=60) as answer,
+              # Status 206 brings what is missing, 200 all of it once more.
+              open(part, "ab" if answer.status == 206 else "wb") as file,
+              tqdm.wrapattr(answer, "read", desc=archive.name, total=answer.length) as source):
+            shutil.copyfileobj(source, file)
+            if answer.length:  # counts down to 0; None when the server does not tell it
+                raise OSError(f"the connection broke {answer.length} bytes before the end")
+        os.replace(part, archive)
     if archive != target:
         unpacked = Path(f"{archive}.unpacked")
         shutil.rmtree(unpacked, ignore_errors=True)
@@ -844,9 +828,8 @@ def draw_scene(rng):
 def build_model(image_model, text_model, text_layers, image_size, checkpoint=None, scratch=False,
                 bf16=None, device="cpu"):
     """-> LoopITR, tokenizer, from two backbones: names or folders, as transformers takes them.
-    scratch: read only their configurations. checkpoint: content of a checkpoint that fills the
-    model; one of loopitr.py brings its own configurations and tokenizer, in its folder. InputError
-    when something cannot be loaded."""
+    scratch: read only their configurations. checkpoint: content of one that fills the model; ours
+    have configurations and tokenizer beside them. InputError when something cannot be loaded."""
     source = checkpoint["path"] if checkpoint else ""
     ours = checkpoint and "options" in checkpoint
     if ours:
@@ -858,12 +841,12 @@ def build_model(image_model, text_model, text_layers, image_size, checkpoint=Non
         for name in (image_model, text_model):
             if scratch or checkpoint:
                 backbones.append(AutoModel.from_config(AutoConfig.from_pretrained(name)))
-                continue
-            backbone, report = AutoModel.from_pretrained(name, output_loading_info=True)
-            backbones.append(backbone)
-            missing = [key for key in report["missing_keys"] if "pooler" not in key]
-            if missing:
-                raise InputError(f"{name} has no weights for {', '.join(missing[:3])}")
+            else:
+                backbone, report = AutoModel.from_pretrained(name, output_loading_info=True)
+                backbones.append(backbone)
+                missing = [key for key in report["missing_keys"] if "pooler" not in key]
+                if missing:
+                    raise InputError(f"{name} has no weights for {', '.join(missing[:3])}")
         model = LoopITR(*backbones, text_layers, bf16=bf16).float()
         if ours:
             model.load_state_dict(checkpoint["model"])
@@ -881,13 +864,11 @@ def load_checkpoint(path):
     plain values are unpickled. ALBEF's public file is fetched when it is not there."""
     if Path(path).name == "ALBEF_4M.pth":
         fetch(ALBEF, Path(path).parent)
-    with open(path, "rb") as file:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-            if "options" in content or "visual_encoder.pos_embed" in content["model"]:
-                return content | {"path": str(path)}
-        except Exception:  # torch's advice is to unpickle everything, which we do not pass on
-            pass
+    # Errors are suppressed, since torch's advice is to unpickle everything.
+    with open(path, "rb") as file, suppress(Exception):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if "options" in content or "visual_encoder.pos_embed" in content["model"]:
+            return content | {"path": str(path)}
     raise InputError(f"{path} is damaged, or no checkpoint of loopitr.py or ALBEF")
 
 
@@ -937,23 +918,22 @@ def load_albef(model, state):
 # ------------------------------------------------------------------- A run: its files and processes
 
 def start_run(model, tokenizer, splits, args, saved):
-    """Begin log.jsonl, and write beside it what a checkpoint needs; or cut the log back to where it
-    was when `saved` was written."""
+    """Begin log.jsonl, and write beside it what a checkpoint needs; or resume, and drop what was
+    logged after `saved` was written."""
     if saved:
         os.truncate(f"{args.output}/log.jsonl", saved["log_size"])
         return
-    Path(args.output, "log.jsonl").unlink(missing_ok=True)
     model.image_encoder.config.save_pretrained(f"{args.output}/image-model")
     for part in (model.text_encoder.config, tokenizer):
         part.save_pretrained(f"{args.output}/text-model")
     images = {split: len(records) for split, records in splits.items()}
-    write_log(args, options=args.of_run, images=images, device=args.device, processes=world()[1],
-              torch=torch.__version__, transformers=transformers.__version__)
+    write_log(args, "w", options=args.of_run, images=images, device=args.device,
+              processes=world()[1], torch=torch.__version__, transformers=transformers.__version__)
 
 
-def write_log(args, **values):
-    """Append one JSON object to log.jsonl."""
-    with open(Path(args.output, "log.jsonl"), "a") as log:
+def write_log(args, mode="a", **values):
+    """Append one JSON object to log.jsonl, or begin it anew (mode "w")."""
+    with open(Path(args.output, "log.jsonl"), mode) as log:
         log.write(json.dumps(values) + "\n")
 
 
@@ -979,9 +959,8 @@ def gather(x):
         return x
     parts = [torch.empty_like(x) for _ in range(processes)]
     dist.all_gather(parts, x.detach().contiguous())
-    # Every process computes the same loss of the whole, but only its own part has a gradient. The
-    # gradients of all must be summed, and DistributedDataParallel averages: hence the factor, which
-    # changes the gradient and not the value.
+    # All compute the same loss of the whole, each the gradient of its own part alone. These must be
+    # summed, and DistributedDataParallel averages: hence the factor, which does not change values.
     parts[rank] = x + (processes - 1) * (x - x.detach())
     return torch.cat(parts)
 
@@ -995,8 +974,7 @@ def search(model, tokenizer, records, args, folder):
     paths = [record.image for record in records]
     embeddings = encode_images(model, paths, args.image_size, args.workers, keep_tokens=False)[1]
     text_tokens, mask, text = encode_texts(model, tokenizer, [args.search])
-    dual = embeddings @ text.T / model.temperature
-    dual, best = dual.topk(min(args.rerank, len(records)), dim=0)
+    dual, best = (embeddings @ text.T / model.temperature).topk(min(args.rerank, len(paths)), 0)
     records = [records[i] for i in best[:, 0].tolist()]
     paths = [record.image for record in records]
     image_tokens = encode_images(model, paths, args.image_size, args.workers)[0]
@@ -1151,7 +1129,6 @@ def input_errors(problem):
 
 def main(argv=None):
     """Run the command line -> exit code: 0; 2 for what the user can fix; 130, 143 when stopped."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where loaders fork
     try:
         if "RANK" in os.environ:  # torchrun; a download may keep the others waiting for hours
             dist.init_process_group(timeout=timedelta(hours=12))
@@ -1178,12 +1155,13 @@ def main(argv=None):
                 model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
             evaluate(model, tokenizer, splits["test"], args)
         sys.stdout.flush()  # a closed pipe fails here, inside `try`
+        if dist.is_initialized():
+            dist.destroy_process_group()  # left to the interpreter's exit, it may abort
         return 0
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         # From a loader's process comes a traceback, whose last line is "InputError: message".
         message = (str(error).strip() or repr(error)).splitlines()[-1]
-        message = message.rpartition("InputError: ")[2]
-        print(f"loopitr: {message}", file=sys.stderr)
+        print("loopitr:", message.rpartition("InputError: ")[2], file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("loopitr: stopped; repeat the command to go on", file=sys.stderr)
@@ -1196,8 +1174,6 @@ def terminate(number, frame):
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where loaders fork
     signal.signal(signal.SIGTERM, terminate)
-    code = main()
-    if code == 0 and dist.is_initialized():
-        dist.destroy_process_group()  # left to the interpreter's exit, it may abort
-    sys.exit(code)
+    sys.exit(main())

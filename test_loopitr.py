@@ -547,7 +547,7 @@ def test_the_rows_of_one_image_are_joined(tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("a.json", {"pictures": []}), ("a_train.json", {"images": [3]}), ("a.json", ""),
+    ("a.json", {"pictures": []}), ("a_train.json", {"images": [3]}), ("a.json", 5),
     ("nothing.json", [{"image": "a.jpg", "caption": "x"}]),
     ("a_val.json", [{"image": "a.jpg", "caption": " "}]),
     ("a.json", {"images": [{"filename": "a", "split": "val", "sentences": []}]})])
