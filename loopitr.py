@@ -828,15 +828,16 @@ def draw_scene(rng):
 def build_model(image_model, text_model, text_layers, image_size, checkpoint=None, scratch=False,
                 bf16=None, device="cpu"):
     """-> LoopITR, tokenizer, from two backbones: names or folders, as transformers takes them.
-    scratch: read only their configurations. checkpoint: content of one that fills the model; ours
-    have configurations and tokenizer beside them. InputError when something cannot be loaded."""
-    source = checkpoint["path"] if checkpoint else ""
+    scratch: read only their configurations. checkpoint: content of a checkpoint that fills the
+    model; one of loopitr.py brings its own configurations and tokenizer, in its folder. InputError
+    when something cannot be loaded."""
+    source = f"{checkpoint['path']} into " if checkpoint else ""
     ours = checkpoint and "options" in checkpoint
     if ours:
-        folder, text_layers = Path(source).parent, checkpoint["options"]["text_layers"]
+        folder, text_layers = Path(checkpoint["path"]).parent, checkpoint["options"]["text_layers"]
         image_model, text_model = f"{folder}/image-model", f"{folder}/text-model"
     backbones = []
-    with input_errors(f"cannot load {source} {image_model} {text_model} for --image-size "
+    with input_errors(f"cannot load {source}{image_model} and {text_model} for --image-size "
                       f"{image_size} on {device}"):
         for name in (image_model, text_model):
             if scratch or checkpoint:
