@@ -245,6 +245,7 @@ class LoopITR(nn.Module):
 
     @property
     def device(self):
+        """torch.device of the weights, on which the inputs must be, too."""
         return self.log_temperature.device
 
     def autocast(self):
@@ -458,7 +459,7 @@ def train(model, tokenizer, splits, args, saved=None):
     if saved:
         with input_errors(f"{saved['path']} is damaged"):
             optimizer.load_state_dict(saved["optimizer"])
-            state = saved["state"]
+            state = {name: saved["state"][name] for name in state}
     if rank == 0:
         start_run(model, tokenizer, splits, args, saved)
     model.image_encoder.requires_grad_(not args.freeze_image)
@@ -640,17 +641,18 @@ def evaluate(model, tokenizer, records, args, split="test", epoch=None):
                                           args.rerank, args.dual_weight)
     cross = recall_at_k(image_to_text, image_of_text, text_to_image=text_to_image)
     cross["seconds"] = time.perf_counter() - start
-    result, size = {"dual": dual, "cross": cross}, {"images": len(paths), "texts": len(captions)}
-    k = min(args.rerank, max(size.values()))
+    result = {"dual": dual, "cross": cross}
+    k = min(args.rerank, max(len(paths), len(captions)))
     print(f"{split}: {len(paths)} images, {len(captions)} texts; of each query's candidates, the "
           f"cross encoder re-ranks the dual encoder's top {k}")
     print(" " * 13 + "".join(f"{name:>8}" for name in dual))
     for name, values in result.items():
         print(f"{name + ' encoder':13}" + "".join(f"{v:8.1f}" for v in values.values()))
     if args.output:
-        write_log(args, split=split, epoch=epoch, **size, k=k, **result)
-    if args.output and split == "test":
-        draw_retrieval(f"{args.output}/retrieval.png", records, dual_logits, text_to_image)
+        write_log(args, split=split, epoch=epoch, images=len(paths), texts=len(captions), k=k,
+                  **result)
+        if split == "test":
+            draw_retrieval(f"{args.output}/retrieval.png", records, dual_logits, text_to_image)
     return result
 
 
@@ -686,7 +688,8 @@ def load_captions(path, images=None):
             else:
                 if len(named) != 1:
                     raise ValueError("its name must have train, val or test as a word of its own")
-                (split,), image, captions = named, row["image"], row["caption"]
+                (split,) = named
+                image, captions = row["image"], row["caption"]
                 captions = [captions] if isinstance(captions, str) else captions
             captions = [caption.strip() for caption in captions[:]]  # [:] fails for a dictionary
             if not captions or not all(captions):
@@ -695,6 +698,8 @@ def load_captions(path, images=None):
             split = split.replace("restval", "train")  # COCO: the rest of its val, for training
             image = str(Path(images or Path(path).parent, image))
             splits[split].setdefault(image, Record(image, [])).captions.extend(captions)
+        if not any(splits.values()):
+            raise ValueError("it names no images")
     return {split: list(records.values()) for split, records in splits.items()}
 
 
@@ -702,7 +707,7 @@ def load_splits(args):
     """--data and --images -> {split: [Record]} for the splits that the command needs. flickr30k and
     coco are fetched. InputError for images that are missing, or in two splits."""
     splits = {"train": [], "val": [], "test": []} if args.train else {"test": []}
-    files, name = args.data, " ".join(args.data)
+    files, name = args.data, args.data[0] if args.data else ""
     folder = Path(args.root, name)
     if not files:  # photos without captions, to search in
         paths = sorted(path for path in Path(args.images).rglob("*") if is_image_file(path.name))
@@ -725,9 +730,9 @@ def load_splits(args):
     for split, records in splits.items():
         missing = [record.image for record in records if not os.path.isfile(record.image)]
         if missing or not records:
-            raise InputError(f"{name or args.images}: {split} split: of {len(records)} images "
-                             f"{len(missing)} are missing {missing[:1]}: --images names the folder "
-                             "paths start from; if a download unpacked in part, delete its folder")
+            raise InputError(f"{split} split: of {len(records)} images {len(missing)} are missing "
+                             f"{missing[:1]}: --images names the folder that their paths start "
+                             "from; if a download was unpacked in part, delete its folder")
     return splits
 
 
@@ -741,8 +746,8 @@ def fetch(url, folder):
         return target
     archive.parent.mkdir(parents=True, exist_ok=True)
     if not archive.exists():
-        part.touch()
-        request = urllib.request.Request(url, headers={"Range": f"bytes={part.stat().st_size}-"})
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
         with (input_errors(f"{url} did not arrive: repeat the command to go on, delete {part} to "
                            f"begin anew, or download it by other means to {archive}"),
               urllib.request.urlopen(request, timeout=60) as answer,
@@ -994,7 +999,7 @@ def draw_retrieval(path, records, dual_logits, scores, words=None, count=6, side
     for record in records:
         queries += [(caption, record.image) for caption in record.captions]
     changed = (dual_logits.argmax(0).cpu() != scores.argmax(0)).nonzero().flatten().tolist()
-    shown = changed[::max(1, len(changed) // count)][:count] or [0]
+    shown = [0] if words else changed[::max(1, len(changed) // count)][:count]
     step = side + 8
     canvas = Image.new("RGB", (10 * step + 40, 32 + len(shown) * (step + 30)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
@@ -1083,7 +1088,9 @@ def parse_arguments(argv):
     parser = argument_parser()
     args = parser.parse_args(argv)
     data = args.data or ["toy"]
-    preset, run = PRESETS.get(" ".join(data), {}), f"runs/{Path(data[0]).stem}"
+    if data[0] in PRESETS and len(data) > 1:
+        parser.error(f"--data {data[0]} takes no other files")
+    preset, run = PRESETS.get(data[0], {}), f"runs/{Path(data[0]).stem}"
     here = {"data": data, "root": os.path.abspath("data")}
     last = Path(args.output or run, "last.pt")
     parser.set_defaults(**here | preset)
@@ -1107,7 +1114,8 @@ def parse_arguments(argv):
     others = ("train", "evaluate", "search", "checkpoint", "output", "workers", "device")
     args.of_run = {name: value for name, value in vars(args).items() if name not in others}
     if args.train and last.exists():
-        stored = checkpoint["options"] | {"root": args.root}  # resumed, maybe, in another folder
+        # It may be resumed from another folder. A foreign last.pt has no options and fails later.
+        stored = checkpoint.get("options", {}) | {"root": args.root}
         other = [f"{option}={value!r}" for option, value in stored.items()
                  if value != args.of_run.get(option)]
         if other:

@@ -547,7 +547,7 @@ def test_the_rows_of_one_image_are_joined(tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("a.json", {"pictures": []}), ("a_train.json", {"images": [3]}), ("a.json", 5),
+    ("a.json", {"pictures": []}), ("a_train.json", {"images": [3]}), ("a.json", ""), ("a.json", 5),
     ("nothing.json", [{"image": "a.jpg", "caption": "x"}]),
     ("a_val.json", [{"image": "a.jpg", "caption": " "}]),
     ("a.json", {"images": [{"filename": "a", "split": "val", "sentences": []}]})])
@@ -758,6 +758,8 @@ def test_the_picture_frames_the_right_image(here, tmp_path):
     for half, frames in (((0, 0, width // 2, height), 0), ((width // 2, 0, width, height), 3)):
         colours = {colour: count for count, colour in picture.crop(half).getcolors(1 << 20)}
         assert colours.get((50, 205, 50), 0) == frames * (104 ** 2 - 96 ** 2)  # lime green
+    loopitr.draw_retrieval(tmp_path / "b.png", records, oracle, oracle)
+    assert Image.open(tmp_path / "b.png").size[1] == 32  # nothing changed: only the heading
 
 
 def test_the_same_command_goes_on_as_if_never_interrupted(here, trained, tmp_path, monkeypatch):
@@ -1061,7 +1063,7 @@ def test_errors_of_the_command_line(here, tmp_path, capsys, trained):
     fails(capsys, [*train, "--device", "nowhere"], "nowhere")
     fails(capsys, [*train, "--text-layers", "4"], "--text-layers 4")
     fails(capsys, [*train, "--text-model", tmp_path / "none"], "none")
-    fails(capsys, [*train, "--text-model", "data/toy/image-model"])  # a ViT
+    fails(capsys, [*train, "--text-model", "data/toy/image-model"], "cannot load")
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "none.pt"], "none.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "text.pt"],
@@ -1074,7 +1076,7 @@ def test_errors_of_the_command_line(here, tmp_path, capsys, trained):
 
 @pytest.mark.parametrize("arguments", [
     [], ["--train", "--evaluate"], ["--train", "--negatives", "few"], ["--train", "--unknown"],
-    ["--train", "--distill", "rank"]])
+    ["--train", "--distill", "rank"], ["--train", "--data", "toy", "more.json"]])
 def test_a_wrong_option_is_one_line_too(capsys, arguments):
     with pytest.raises(SystemExit, match="2"):
         loopitr.main(arguments)
@@ -1351,10 +1353,14 @@ def test_files_that_cannot_be_read_or_written_are_named(here, trained, tmp_path,
     shutil.copytree(trained[0], tmp_path / "run")
     torch.save(content, tmp_path / "run" / "best.pt")
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "run" / "best.pt"], "match_head.bias")
-    content = torch.load(trained[0] / "last.pt")
-    del content["optimizer"]["state"]
-    torch.save(content, tmp_path / "run" / "last.pt")
-    fails(capsys, command(tmp_path / "run"), "last.pt is damaged")
+    for part, name in (("optimizer", "state"), ("state", "best")):
+        content = torch.load(trained[0] / "last.pt")
+        del content[part][name]
+        torch.save(content, tmp_path / "run" / "last.pt")
+        fails(capsys, command(tmp_path / "run"), "last.pt is damaged", name)
+    torch.save({"model": {"visual_encoder.pos_embed": torch.zeros(1, 5, 8)}},
+               tmp_path / "run" / "last.pt")
+    fails(capsys, command(tmp_path / "run"), "last.pt")
 
 
 def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays_whole(here, trained, tmp_path):
@@ -1566,6 +1572,7 @@ def test_silence_and_missing_files_are_errors_of_one_line(server, tmp_path, monk
             load("flickr30k", tmp_path)
     fails(capsys, ["--evaluate", "--data", "flickr30k", "--checkpoint", "data/ALBEF_4M.pth"],
           "ALBEF_4M.pth did not arrive", "404", "data/ALBEF_4M.pth")
+    assert not list(Path("data").glob("ALBEF*"))
 
 
 def damaged(content):
