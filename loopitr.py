@@ -748,15 +748,20 @@ def fetch(url, folder):
     if not archive.exists():
         have = part.stat().st_size if part.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-        with (input_errors(f"{url} did not arrive: repeat the command to go on, delete {part} to "
-                           f"begin anew, or download it by other means to {archive}"),
-              urllib.request.urlopen(request, timeout=60) as answer,
-              # Status 206 brings what is missing, 200 all of it once more.
-              open(part, "ab" if answer.status == 206 else "wb") as file,
-              tqdm.wrapattr(answer, "read", desc=archive.name, total=answer.length) as source):
-            shutil.copyfileobj(source, file)
-            if answer.length:  # counts down to 0; None when the server does not tell it
-                raise OSError(f"the connection broke {answer.length} bytes before the end")
+        try:
+            with (input_errors(f"{url} did not arrive: repeat the command to go on, delete {part} "
+                               f"to begin anew, or download it by other means to {archive}"),
+                  urllib.request.urlopen(request, timeout=60) as answer,
+                  # Status 206 brings what is missing, 200 all of it once more.
+                  open(part, "ab" if answer.status == 206 else "wb") as file,
+                  tqdm.wrapattr(answer, "read", desc=archive.name, total=answer.length) as source):
+                shutil.copyfileobj(source, file)
+                if answer.length:  # counts down to 0; None when the server does not tell it
+                    raise OSError(f"the connection broke {answer.length} bytes before the end")
+        except InputError as error:
+            if getattr(error.__cause__, "code", None) == 416:  # there is no more than we have
+                part.unlink()
+            raise
         os.replace(part, archive)
     if archive != target:
         unpacked = Path(f"{archive}.unpacked")
