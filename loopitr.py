@@ -839,25 +839,22 @@ def build_model(image_model, text_model, text_layers, image_size, checkpoint=Non
                 bf16=None, device="cpu"):
     """-> LoopITR, tokenizer, from two backbones: names or folders, as transformers takes them.
     scratch: read only their configurations. checkpoint: content of a checkpoint that fills the
-    model; one of loopitr.py brings its own configurations and tokenizer, in its folder. InputError
-    when something cannot be loaded."""
+    model; one of ours has configurations and tokenizer beside it. InputError for what fails."""
     source = f"{checkpoint['path']} into " if checkpoint else ""
     ours = checkpoint and "options" in checkpoint
     if ours:
         folder, text_layers = Path(checkpoint["path"]).parent, checkpoint["options"]["text_layers"]
         image_model, text_model = f"{folder}/image-model", f"{folder}/text-model"
     backbones = []
-    with input_errors(f"cannot load {source}{image_model} and {text_model} for --image-size "
-                      f"{image_size} on {device}"):
+    with input_errors(f"cannot load {source}{image_model} and {text_model}"):
         for name in (image_model, text_model):
             if scratch or checkpoint:
                 backbones.append(AutoModel.from_config(AutoConfig.from_pretrained(name)))
             else:
                 backbone, report = AutoModel.from_pretrained(name, output_loading_info=True)
                 backbones.append(backbone)
-                missing = [key for key in report["missing_keys"] if "pooler" not in key]
-                if missing:
-                    raise InputError(f"{name} has no weights for {', '.join(missing[:3])}")
+                if any("pooler" not in key for key in report["missing_keys"]):
+                    raise InputError(f"{name} has no weights for {report['missing_keys']}")
         model = LoopITR(*backbones, text_layers, bf16=bf16).float()
         if ours:
             model.load_state_dict(checkpoint["model"])
@@ -886,31 +883,30 @@ def load_checkpoint(path):
 def load_albef(model, state):
     """Fill model from ALBEF's released weights: checkpoint["model"] of a pre-trained or fine-tuned
     .pth, whose ViT may have been trained at another image size."""
-    split, vit, rest = len(model.text_encoder.encoder.layer), {}, {}
-    # There, as a regular expression -> here; applied one after the other. Parts of the ViT get the
-    # names of older transformers, which from_pretrained translates into the installed version's.
+    # There -> here. Parts of the ViT get the names of older transformers, which from_pretrained
+    # translates into the installed version's.
     names = {
-        r"^text_encoder\.bert\.": "text_encoder.",  # the pre-trained file's
-        "^vision_proj": "image_projection", "^text_proj": "text_projection",
-        "^itm_head": "match_head", "^temp$": "log_temperature", r"^visual_encoder\.": "",
-        "^cls_token": "embeddings.cls_token", "^pos_embed": "embeddings.position_embeddings",
-        r"^patch_embed\.proj": "embeddings.patch_embeddings.projection", "^norm": "layernorm",
-        "^blocks": "encoder.layer", "norm1": "layernorm_before", "norm2": "layernorm_after",
-        r"attn\.qkv": "attention.attention.qkv", r"attn\.proj": "attention.output.dense",
-        r"mlp\.fc1": "intermediate.dense", r"mlp\.fc2": "output.dense"}
+        "text_encoder.bert.": "text_encoder.",  # the pre-trained file's
+        "vision_proj": "image_projection", "text_proj": "text_projection",
+        "itm_head": "match_head", "temp": "log_temperature", "visual_encoder.": "",
+        "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection", "blocks": "encoder.layer",
+        "norm.": "layernorm.", "norm1": "layernorm_before", "norm2": "layernorm_after",
+        "attn.proj": "attention.output.dense", "attn.qkv": "attention.attention.qkv",
+        "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    split, vit, rest = len(model.text_encoder.encoder.layer), {}, {}
     for i in range(len(model.cross_encoder)):
-        names[rf"^text_encoder\.encoder\.layer\.{split + i}\."] = f"cross_encoder.{i}."
+        names[f"text_encoder.encoder.layer.{split + i}."] = f"cross_encoder.{i}."
     for name, tensor in state.items():
         if re.search(r"_m\.|queue|\.cls\.|position_ids", name):
             continue  # momentum copies, their queues, the language model's head
         tensors = vit if name.startswith("visual_encoder.") else rest
-        for pattern, replacement in names.items():
-            name = re.sub(pattern, replacement, name)
-        if "qkv" in name:
-            for part, piece in zip(("query", "key", "value"), tensor.chunk(3)):
-                tensors[name.replace("qkv", part)] = piece
-        else:
-            tensors[name] = tensor
+        for there, here in names.items():
+            name = name.replace(there, here)
+        tensors[name] = tensor
+    for name in [name for name in vit if "qkv" in name]:
+        for part, tensor in zip(("query", "key", "value"), vit.pop(name).chunk(3)):
+            vit[name.replace("qkv", part)] = tensor
     for name in ("match_head.weight", "match_head.bias"):
         rest[name] = rest[name][1:] - rest[name][:1]  # class 1 is the match
     rest["log_temperature"] = rest["log_temperature"].log()
