@@ -514,9 +514,8 @@ def train_epoch(model, loader, optimizer, epoch, args):
         loss.backward()
         # At the high rates that new layers need, training can collapse unclipped.
         if not nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).isfinite():
-            raise InputError(f"loss {loss.item()} or its gradient is not finite, step {step + 1}: "
-                             "use lower learning rates and another --output; if there is a "
-                             f"{args.output}/last.pt, it is from before, and good")
+            raise InputError(f"loss {loss.item()} or its gradient is not finite, step {step + 1}; "
+                             f"{args.output}/last.pt, if there is one, is from before, and good")
         optimizer.step()
         if step % 10 == 9 and world()[0] == 0:
             line = {name: round(value.item(), 5) for name, value in losses.items()}
