@@ -490,12 +490,10 @@ def train(model, tokenizer, splits, args, saved=None):
 def train_epoch(model, loader, optimizer, epoch, args):
     """One pass over all captions."""
     model.train()
-    steps, first = args.epochs * len(loader), epoch * len(loader)
     hidden = world()[0] > 0 or None  # None: hidden where there is no terminal
     bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=hidden)
-    start = time.perf_counter()
-    for step, batch in enumerate(bar, start=first):
-        progress = step / steps
+    for step, batch in enumerate(bar, start=epoch * len(loader)):
+        progress = step / (args.epochs * len(loader))
         # Linear warm-up of 100 steps (ours), then a cosine to a tenth (ALBEF).
         factor = min((step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * progress))
         for group in optimizer.param_groups:
@@ -520,10 +518,9 @@ def train_epoch(model, loader, optimizer, epoch, args):
         if step % 10 == 9 and world()[0] == 0:
             line = {name: round(value.item(), 5) for name, value in losses.items()}
             bar.set_postfix(line)
-            rate = (step + 1 - first) * args.batch_size / (time.perf_counter() - start)
             temperature = getattr(model, "module", model).temperature.item()  # within DDP, or not
             write_log(args, step=step + 1, epoch=epoch, loss=loss.item(), **line, lr_factor=factor,
-                      temperature=temperature, pairs_per_second=rate)
+                      temperature=temperature)
 
 
 # --------------------------------------------------------------------------------------- Evaluation
