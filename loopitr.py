@@ -71,7 +71,7 @@ from transformers.trainer_pt_utils import torch_distributed_zero_first
 # What --data toy, flickr30k and coco use instead of the defaults, which stand in `argument_parser`.
 PRESETS = {
     "toy": dict(
-        image_model="data/toy/image-model", text_model="data/toy/text-model", text_layers=2,
+        image_model="data/toy/image-model", text_model="data/toy/text-model",
         init="scratch",  # `make_toy_dataset` writes configurations of small backbones, no weights
         image_size=48, epochs=1, batch_size=64, lr=1e-3, new_lr=1e-3, workers=0,
         augment=False,  # a flipped scene has its left on the right
@@ -216,7 +216,7 @@ class LoopITR(nn.Module):
         bert, image_width = text_encoder.config, image_encoder.config.hidden_size
         layers = text_encoder.encoder.layer
         if not 0 < text_layers < len(layers):
-            raise InputError(f"--text-layers {text_layers} must be between 1 and {len(layers) - 1}")
+            raise InputError(f"{text_layers} of {len(layers)} layers cannot be the text encoder's")
         has_cls = any(name.endswith("cls_token") for name, _ in image_encoder.named_parameters())
         if not has_cls or hasattr(image_encoder.config, "mask_ratio"):  # ViTMAE hides most patches
             raise InputError(f"{type(image_encoder).__name__} has no [CLS] that sees all the image")
@@ -377,8 +377,8 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
 def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
                 distill_temperature=0.5):
     """One turn of the loop -> dict of scalars: the contrastive, matching and distillation losses,
-    and how often a positive beats its m negatives, by dual and by match logits (dual_recall,
-    cross_recall).
+    how often a positive beats its m negatives, by dual and by match logits (dual_recall,
+    cross_recall), and the temperature.
 
     batch: pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,) of this process.
     sampling as in `sample_hard_negatives`, objective as in `distillation_loss`."""
@@ -419,7 +419,8 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     distillation = distillation_loss(student, teacher, objective, distill_temperature)
     return {"contrastive": contrastive, "matching": matching, "distillation": distillation,
             "dual_recall": (student[:, :1] > student[:, 1:]).all(1).float().mean(),
-            "cross_recall": (teacher[:, :1] > teacher[:, 1:]).all(1).float().mean()}
+            "cross_recall": (teacher[:, :1] > teacher[:, 1:]).all(1).float().mean(),
+            "temperature": model.temperature.detach()}
 
 
 # ----------------------------------------------------------------------------------------- Training
@@ -436,19 +437,19 @@ def make_optimizer(model, lr, new_lr):
                               for (peak, decay), parameters in groups.items()], fused=True)
 
 
-def train(model, tokenizer, splits, args, saved=None):
+def train(model, tokenizer, splits, args, checkpoint=None):
     """Train, and keep two checkpoints in --output: best.pt is the best epoch on val, last.pt the
-    one to go on from. saved: content of last.pt when a run is resumed. InputError when the batch
+    one to go on from. checkpoint: content of last.pt, if there is one. InputError when the batch
     size does not fit, or a gradient is not finite."""
-    rank, processes = world()
     pairs = []  # (image number, path, caption)
     for number, record in enumerate(splits["train"]):
         pairs += [(number, record.image, caption) for caption in record.captions]
+    processes = args.processes
     share = args.batch_size // processes
     if args.batch_size % processes or not args.negatives < share <= len(pairs) // processes:
         raise InputError(f"--batch-size {args.batch_size} must give {processes} process(es) equal "
                          f"shares of {len(pairs)} captions, more than --negatives {args.negatives}")
-    sampler = DistributedSampler(pairs, processes, rank, seed=args.seed)  # also shuffles
+    sampler = DistributedSampler(pairs, processes, args.rank, seed=args.seed)  # also shuffles
     transform = image_transform(args.image_size, args.augment)
     collate = partial(make_batch, transform=transform, tokenizer=tokenizer)  # reads the images
     loader = DataLoader(pairs, share, sampler=sampler, num_workers=args.workers, drop_last=True,
@@ -456,12 +457,12 @@ def train(model, tokenizer, splits, args, saved=None):
     optimizer = make_optimizer(model, args.lr, args.new_lr)
     # Finished epochs: a run that was stopped in validation has trained one more than it validated.
     state = {"trained": 0, "validated": 0, "best": -1.0}  # best: rsum on val
-    if saved:
-        with input_errors(f"{saved['path']} is damaged"):
-            optimizer.load_state_dict(saved["optimizer"])
-            state = {name: saved["state"][name] for name in state}
-    if rank == 0:
-        start_run(model, tokenizer, splits, args, saved)
+    if Path(args.output, "last.pt").exists():
+        with input_errors(f"{args.output}/last.pt is damaged"):
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            state = {name: checkpoint["state"][name] for name in state}
+    elif args.rank == 0:
+        start_run(model, tokenizer, splits, args)
     model.image_encoder.requires_grad_(not args.freeze_image)
     if args.grad_checkpointing:
         model.recompute_activations()
@@ -472,11 +473,11 @@ def train(model, tokenizer, splits, args, saved=None):
         if state["trained"] == epoch:
             # All that is random in an epoch follows from these two seeds, whatever happened before.
             sampler.set_epoch(epoch)
-            torch.manual_seed(1_000_000 * args.seed + 1_000 * epoch + rank)
+            torch.manual_seed(1_000_000 * args.seed + 1_000 * epoch + args.rank)
             train_epoch(parallel, loader, optimizer, epoch, args)
             state["trained"] += 1
             save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
-        if rank == 0:  # the others wait in their next `gather`
+        if args.rank == 0:  # the others wait in their next `gather`
             result = evaluate(model, tokenizer, splits["val"], args, "val", epoch)
             # An untrained cross encoder has no say.
             rsum = result["cross" if args.matching_weight else "dual"]["rsum"]
@@ -490,7 +491,7 @@ def train(model, tokenizer, splits, args, saved=None):
 def train_epoch(model, loader, optimizer, epoch, args):
     """One pass over all captions."""
     model.train()
-    hidden = world()[0] > 0 or None  # None: hidden where there is no terminal
+    hidden = args.rank > 0 or None  # None: hidden where there is no terminal
     bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=hidden)
     for step, batch in enumerate(bar, start=epoch * len(loader)):
         progress = step / (args.epochs * len(loader))
@@ -515,12 +516,10 @@ def train_epoch(model, loader, optimizer, epoch, args):
             raise InputError(f"loss {loss.item()} or its gradient is not finite, step {step + 1}; "
                              f"{args.output}/last.pt, if there is one, is from before, and good")
         optimizer.step()
-        if step % 10 == 9 and world()[0] == 0:
+        if step % 10 == 9 and args.rank == 0:
             line = {name: round(value.item(), 5) for name, value in losses.items()}
             bar.set_postfix(line)
-            temperature = getattr(model, "module", model).temperature.item()  # within DDP, or not
-            write_log(args, step=step + 1, epoch=epoch, loss=loss.item(), **line, lr_factor=factor,
-                      temperature=temperature)
+            write_log(args, step=step + 1, epoch=epoch, loss=loss.item(), **line, lr_factor=factor)
 
 
 # --------------------------------------------------------------------------------------- Evaluation
@@ -831,15 +830,16 @@ def draw_scene(rng):
 
 # --------------------------------------------------------------------------------- Starting weights
 
-def build_model(image_model, text_model, text_layers, image_size, checkpoint=None, scratch=False,
-                bf16=None, device="cpu"):
-    """-> LoopITR, tokenizer, from two backbones: names or folders, as transformers takes them.
-    scratch: read only their configurations. checkpoint: content of a checkpoint that fills the
-    model; one of ours has configurations and tokenizer beside it. InputError for what fails."""
+def build_model(image_model, text_model, image_size, checkpoint=None, scratch=False, bf16=None,
+                device="cpu"):
+    """-> LoopITR, tokenizer, from two backbones: names or folders, as transformers takes them. The
+    upper half of the text model becomes the cross encoder (ALBEF). scratch: read only their
+    configurations. checkpoint: content of a checkpoint that fills the model; one of loopitr.py has
+    configurations and tokenizer beside it. InputError when something cannot be loaded."""
     source = f"{checkpoint['path']} into " if checkpoint else ""
     ours = checkpoint and "options" in checkpoint
     if ours:
-        folder, text_layers = Path(checkpoint["path"]).parent, checkpoint["options"]["text_layers"]
+        folder = Path(checkpoint["path"]).parent
         image_model, text_model = f"{folder}/image-model", f"{folder}/text-model"
     backbones = []
     with input_errors(f"cannot load {source}{image_model} and {text_model}"):
@@ -851,7 +851,8 @@ def build_model(image_model, text_model, text_layers, image_size, checkpoint=Non
                 backbones.append(backbone)
                 if any("pooler" not in key for key in report["missing_keys"]):
                     raise InputError(f"{name} has no weights for {report['missing_keys']}")
-        model = LoopITR(*backbones, text_layers, bf16=bf16).float()
+        half = backbones[1].config.num_hidden_layers // 2
+        model = LoopITR(*backbones, half, bf16=bf16).float()
         if ours:
             model.load_state_dict(checkpoint["model"])
         elif checkpoint:
@@ -920,18 +921,14 @@ def load_albef(model, state):
 
 # ------------------------------------------------------------------- A run: its files and processes
 
-def start_run(model, tokenizer, splits, args, saved):
-    """Begin log.jsonl, and write beside it what a checkpoint needs; or resume, and drop what was
-    logged after `saved` was written."""
-    if saved:
-        os.truncate(f"{args.output}/log.jsonl", saved["log_size"])
-        return
+def start_run(model, tokenizer, splits, args):
+    """Begin log.jsonl, and write beside it what a checkpoint needs."""
     model.image_encoder.config.save_pretrained(f"{args.output}/image-model")
     for part in (model.text_encoder.config, tokenizer):
         part.save_pretrained(f"{args.output}/text-model")
     images = {split: len(records) for split, records in splits.items()}
-    write_log(args, "w", options=args.of_run, images=images, device=args.device,
-              processes=world()[1], torch=torch.__version__, transformers=transformers.__version__)
+    write_log(args, "w", options=args.of_run, images=images, processes=args.processes,
+              device=args.device, torch=torch.__version__, transformers=transformers.__version__)
 
 
 def write_log(args, mode="a", **values):
@@ -942,29 +939,23 @@ def write_log(args, mode="a", **values):
 
 def save(args, name, model, **rest):
     """Write a checkpoint, in the first process; under another name first, so never half a file."""
-    if world()[0] == 0:
-        path, log = Path(args.output, name), Path(args.output, "log.jsonl")
+    if args.rank == 0:
+        content = {"model": model.state_dict(), "options": args.of_run, **rest}
+        path = f"{args.output}/{name}"
         with input_errors(f"{path} cannot be written"):
-            torch.save({"model": model.state_dict(), "options": args.of_run,
-                        "log_size": log.stat().st_size, **rest}, f"{path}.part")
+            torch.save(content, f"{path}.part")
             os.replace(f"{path}.part", path)
-
-
-def world():
-    """-> rank of this process, number of processes: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather(x):
     """x (B,..) of this process -> (processes * B,..) of all, with gradient; B is equal in all."""
-    rank, processes = world()
-    if processes == 1:
+    if not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x) for _ in range(processes)]
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach().contiguous())
     # All compute the same loss of the whole, each the gradient of its own part alone. These must be
     # summed, and DistributedDataParallel averages: hence the factor, which does not change values.
-    parts[rank] = x + (processes - 1) * (x - x.detach())
+    parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
     return torch.cat(parts)
 
 
@@ -1040,7 +1031,6 @@ def argument_parser():
     add("--workers", type=whole, default=min(8, os.cpu_count()), help="processes that load images")
     add("--image-model", default="facebook/deit-base-patch16-224", help="transformers name or path")
     add("--text-model", default="google-bert/bert-base-uncased", help="a BERT, name or path")
-    add("--text-layers", type=positive, default=6, help="of BERT; the rest: cross encoder")
     add("--image-size", type=positive, default=384, help="pixels")
     add("--init", default="backbones", help="start from pre-trained backbones, from scratch, from "
         "albef (downloaded), or from a checkpoint of loopitr.py or ALBEF")
@@ -1110,6 +1100,8 @@ def parse_arguments(argv):
     args.data = [name if name in PRESETS else os.path.abspath(name) for name in args.data]
     others = ("train", "evaluate", "search", "checkpoint", "output", "workers", "device")
     args.of_run = {name: value for name, value in vars(args).items() if name not in others}
+    args.rank = int(os.environ.get("RANK", 0))  # torchrun sets both
+    args.processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.train and last.exists():
         # It may be resumed from another folder. A foreign last.pt has no options and fails later.
         stored = checkpoint.get("options", {}) | {"root": args.root}
@@ -1147,16 +1139,15 @@ def main(argv=None):
                 make_toy_dataset(Path(args.root, "toy"))
             torch.manual_seed(args.seed)
             model, tokenizer = build_model(
-                args.image_model, args.text_model, args.text_layers, args.image_size, checkpoint,
+                args.image_model, args.text_model, args.image_size, checkpoint,
                 args.init == "scratch", args.bf16, args.device)
             splits = load_splits(args)
         os.makedirs(args.output or ".", exist_ok=True)
         if args.search:
             search(model, tokenizer, splits["test"], args, Path(checkpoint["path"]).parent)
         if args.train:
-            resumed = Path(args.output, "last.pt").exists()  # then `checkpoint` is its content
-            train(model, tokenizer, splits, args, checkpoint if resumed else None)
-        if world()[0] == 0 and not args.search:
+            train(model, tokenizer, splits, args, checkpoint)
+        if args.rank == 0 and not args.search:
             if args.train:
                 model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
             evaluate(model, tokenizer, splits["test"], args)

@@ -423,7 +423,8 @@ def test_one_turn_of_the_loop_equals_the_slow_way():
         "matching": matching_loss(torch.cat(logits), torch.tensor(labels)),
         "distillation": distillation_loss(student, teacher, "kl", 2.0),
         "dual_recall": (student.argmax(1) == 0).float().mean(),
-        "cross_recall": (teacher.argmax(1) == 0).float().mean()}
+        "cross_recall": (teacher.argmax(1) == 0).float().mean(),
+        "temperature": model.temperature.detach()}
     assert set(losses) == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, atol=1e-5, rtol=1e-4, msg=name)
@@ -786,7 +787,8 @@ def test_a_finished_run_is_only_tested_again(here, trained, capsys, tmp_path):
     assert loopitr.main(command(tmp_path / "run", "--workers", 1)) == 0
     assert table_of(capsys.readouterr().out) == table_of(trained[1])
     assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
-    assert len(log_of(tmp_path / "run", "split")) == 3
+    assert [line["split"] for line in log_of(tmp_path / "run", "split")] == [
+        "val", "val", "test", "test"]
 
 
 def table_of(output):
@@ -942,7 +944,7 @@ def test_own_captions_and_frozen_image_encoder_from_saved_backbones(here, tmp_pa
     (tmp_path / "text" / "vocab.txt").write_text((folder / "vocab.txt").read_text())
     assert loopitr.main(command(
         tmp_path / "run", "--data", "data/toy/captions.json", "--image-model", tmp_path / "image",
-        "--text-model", tmp_path / "text", "--text-layers", 3, "--image-size", 64, "--workers", 1,
+        "--text-model", tmp_path / "text", "--image-size", 64, "--workers", 1,
         "--freeze-image", "--lr", 1e-3)) == 0
     saved = torch.load(tmp_path / "run" / "best.pt")["model"]
     start = transformers.AutoModel.from_pretrained(tmp_path / "image").state_dict()
@@ -992,7 +994,7 @@ def test_search_by_words_equals_scoring_every_image(here, trained, tmp_path, cap
                          "--dual-weight", "3", "--output", str(tmp_path)]) == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
     content = loopitr.load_checkpoint(best)
-    model, tokenizer = loopitr.build_model(None, None, None, 48, content)
+    model, tokenizer = loopitr.build_model(None, None, 48, content)
     model.eval()
     records = load_captions("data/toy/captions.json")["test"]
     transform = loopitr.image_transform(48)
@@ -1050,7 +1052,7 @@ def toy_without(here, folder, change):
 def own_data(path):
     """Options to train on the toy images with other captions."""
     return ["--images", "data/toy", "--image-model", "data/toy/image-model", "--init", "scratch",
-            "--text-model", "data/toy/text-model", "--text-layers", 2, "--image-size", 48,
+            "--text-model", "data/toy/text-model", "--image-size", 48,
             "--data", path]
 
 
@@ -1059,7 +1061,6 @@ def test_errors_of_the_command_line(here, tmp_path, capsys, trained):
     fails(capsys, [*train, "--negatives", "16"], "--negatives 16")
     fails(capsys, [*train, "--batch-size", "100"], "--batch-size 100", "80 captions")
     fails(capsys, [*train, "--device", "nowhere"], "nowhere")
-    fails(capsys, [*train, "--text-layers", "4"], "--text-layers 4")
     fails(capsys, [*train, "--text-model", tmp_path / "none"], "none")
     fails(capsys, [*train, "--text-model", "data/toy/image-model"], "cannot load")
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "none.pt"], "none.pt")
@@ -1150,7 +1151,8 @@ def epoch_of_one_number(tmp_path, epoch, **options):
     args = SimpleNamespace(**{
         "epochs": 2, "random_first": 0.25, "sampling": "topk", "distill_from": 0.4, "negatives": 1,
         "distill_weight": 0.5, "matching_weight": 3.0, "distill": "mse", "device": "cpu",
-        "distill_temperature": 1.0, "batch_size": 8, "output": str(tmp_path)} | options)
+        "distill_temperature": 1.0, "batch_size": 8, "output": str(tmp_path), "rank": 0}
+        | options)
     model, steps = OneNumber(), []
     optimizer = loopitr.make_optimizer(model, lr=1e-3, new_lr=1e-2)
     optimizer.register_step_post_hook(lambda optimizer, *_: steps.append(
@@ -1267,7 +1269,7 @@ def test_models_that_do_not_fit_are_refused(here, tmp_path, capsys, kind, name, 
     small_config(name, **more).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "vocab.txt").write_text(
         Path("data/toy/text-model/vocab.txt").read_text())
-    options = ["--text-layers", 1, f"--{kind}-model", tmp_path / "model"]
+    options = [f"--{kind}-model", tmp_path / "model"]
     fails(capsys, command(tmp_path / "out", *options), message)
     assert not (tmp_path / "out").exists()
 
@@ -1290,12 +1292,12 @@ def test_pre_trained_weights_that_do_not_arrive_are_an_error(tmp_path):
     weights[f"renamed.{key}"] = weights.pop(key)
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(loopitr.InputError, match="no weights for"):
-        loopitr.build_model(image, text, 2, 32)
+        loopitr.build_model(image, text, 32)
 
 
 @pytest.mark.parametrize("option, value", [
     ("--lr", "nan"), ("--lr", "-1"), ("--new-lr", "inf"), ("--image-size", "0"), ("--epochs", "0"),
-    ("--batch-size", "-8"), ("--negatives", "0"), ("--text-layers", "0"), ("--workers", "-1"),
+    ("--batch-size", "-8"), ("--negatives", "0"), ("--workers", "-1"),
     ("--seed", "1" + 40 * "0"), ("--seed", "-1"), ("--random-first", "nan"),
     ("--distill-from", "2"), ("--distill-weight", "nan"), ("--distill-temperature", "0"),
     ("--matching-weight", "-1"),
@@ -1390,7 +1392,7 @@ def test_a_save_that_is_interrupted_leaves_the_earlier_checkpoint(here, trained,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", half)
-    args = SimpleNamespace(output=str(tmp_path / "run"), of_run={})
+    args = SimpleNamespace(output=str(tmp_path / "run"), of_run={}, rank=0)
     with pytest.raises(KeyboardInterrupt):
         loopitr.save(args, "best.pt", tiny_model())
     assert (tmp_path / "run" / "best.pt").read_bytes() == before
@@ -1760,8 +1762,8 @@ def test_training_starts_from_albef_and_its_checkpoint_is_evaluated(here, tmp_pa
     (tmp_path / "text" / "vocab.txt").write_text(vocabulary)
     state, _ = albef_checkpoint("text_encoder.", vocabulary=len(vocabulary.split()), embedding=256)
     torch.save({"model": state}, tmp_path / "albef.pth")
-    data = ["--data", "data/toy/captions.json", "--text-model", tmp_path / "text", "--text-layers",
-            2, "--image-size", 64, "--workers", 0]
+    data = ["--data", "data/toy/captions.json", "--text-model", tmp_path / "text", "--image-size",
+            64, "--workers", 0]
     train = [*command(tmp_path / "run", *data), "--init", str(tmp_path / "albef.pth"),
              "--lr", "1e-3", "--new-lr", "1e-3", "--image-model"]
     assert loopitr.main([*train, str(tmp_path / "vit")]) == 0
@@ -1805,7 +1807,7 @@ def save_backbones(folder, name):
 def test_image_encoders_load_their_weights(tmp_path, name):
     image, text = save_backbones(tmp_path, name)
     torch.manual_seed(6)
-    model, _ = loopitr.build_model(image, text, 2, 32)
+    model, _ = loopitr.build_model(image, text, 32)
     expected = transformers.AutoModel.from_pretrained(image).state_dict()
     loaded = model.image_encoder.state_dict()
     assert all(torch.equal(loaded[key], expected[key]) for key in loaded) and len(loaded) > 20
@@ -1867,7 +1869,7 @@ def test_two_steps_of_two_processes_equal_those_of_one_on_both_halves(toy, tmp_p
 
     torch.manual_seed(0)  # --seed
     folder = toy / "data" / "toy"
-    model, tokenizer = loopitr.build_model(folder / "image-model", folder / "text-model", 2, 48,
+    model, tokenizer = loopitr.build_model(folder / "image-model", folder / "text-model", 48,
                                            scratch=True)
     pairs = [(number, record.image, caption) for number, record in enumerate(
         load_captions(path, folder)["train"]) for caption in record.captions]
