@@ -786,13 +786,12 @@ def make_toy_dataset(folder, train=40000, val=300, test=500, seed=0):
         canvas.save(Path(folder, entries[-1]["filename"]))
         words.update(" ".join(captions).split())
     # transformers draws weights with deviation 0.02, right for width 768; at 128 they hardly learn.
-    small = dict(hidden_size=128, num_attention_heads=4, intermediate_size=512,
-                 initializer_range=128 ** -0.5, hidden_dropout_prob=0.0)
+    small = dict(hidden_size=128, initializer_range=128 ** -0.5, num_attention_heads=4,
+                 intermediate_size=512, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     vit = ViTConfig(num_hidden_layers=2, image_size=48, patch_size=16, **small)
     vit.save_pretrained(f"{folder}/image-model")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
-    bert = BertConfig(num_hidden_layers=4, vocab_size=len(words), attention_probs_dropout_prob=0.0,
-                      **small)
+    bert = BertConfig(num_hidden_layers=4, vocab_size=len(words), **small)
     bert.save_pretrained(f"{folder}/text-model")
     Path(folder, "text-model", "vocab.txt").write_text("\n".join(words))
     path.with_suffix(".part").write_text(json.dumps({"images": entries}))
@@ -821,10 +820,10 @@ def draw_scene(rng):
         scene.append((f"a {size} {colour} {shape}", column, row))
     for a, ax, ay in scene:
         for b, bx, by in scene:
-            if ax != bx:
-                captions.add(f"{a} {'left' if ax < bx else 'right'} of {b}")
-            if ay != by:
-                captions.add(f"{a} {'above' if ay < by else 'below'} {b}")
+            if ax < bx:
+                captions |= {f"{a} left of {b}", f"{b} right of {a}"}
+            if ay < by:
+                captions |= {f"{a} above {b}", f"{b} below {a}"}
     return canvas, rng.sample(sorted(captions), 2)
 
 
