@@ -127,11 +127,10 @@ def load_images(paths, transform):
 
 def tokenize(tokenizer, captions):
     """Captions, cleaned as ALBEF's are -> input_ids (T,L), attention_mask (T,L), L at most 30."""
-    cleaned = []
-    for caption in captions:
-        caption = re.sub("[,.'!?\"()*#:;~]", "", caption.lower())
-        cleaned.append(re.sub(r"[-/\s]+", " ", caption).replace("<person>", "person").strip())
-    text = tokenizer(cleaned, padding=True, padding_side="right", truncation=True, max_length=31,
+    marks = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")  # two become blanks, the others vanish
+    captions = [caption.lower().replace("<person>", "person") for caption in captions]
+    captions = [" ".join(caption.translate(marks).split()) for caption in captions]
+    text = tokenizer(captions, padding=True, padding_side="right", truncation=True, max_length=31,
                      return_tensors="pt")
     # ALBEF's tokenizer adds no [SEP]; ours ends every text with it. The mask, shifted left by one,
     # ends one token earlier and so hides it; in the longest text it goes with the last column.
