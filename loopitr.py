@@ -735,31 +735,24 @@ def fetch(url, folder):
     whole, and then is not fetched again. An interrupted download is resumed if the server can do
     that. InputError when a download breaks off, is silent for a minute, or is damaged."""
     archive = Path(folder, url.rpartition("/")[2])
-    target, part = Path(folder, archive.name.removesuffix(".zip")), Path(f"{archive}.part")
-    if target.exists():
-        return target
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    if not archive.exists():
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-        try:
-            with (input_errors(f"{url} did not arrive: repeat the command to go on, delete {part} "
-                               f"to begin anew, or download it by other means to {archive}"),
-                  urllib.request.urlopen(request, timeout=60) as answer,
-                  # Status 206 brings what is missing, 200 all of it once more.
-                  open(part, "ab" if answer.status == 206 else "wb") as file,
-                  tqdm.wrapattr(answer, "read", desc=archive.name, total=answer.length) as source):
-                shutil.copyfileobj(source, file)
-                if answer.length:  # counts down to 0; None when the server does not tell it
-                    raise OSError(f"the connection broke {answer.length} bytes before the end")
-        except InputError as error:
-            if getattr(error.__cause__, "code", None) == 416:  # there is no more than we have
-                part.unlink()
-            raise
+    target = Path(folder, archive.name.removesuffix(".zip"))
+    part, unpacked = Path(f"{archive}.part"), Path(f"{archive}.unpacked")
+    if not (target.exists() or archive.exists()):
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        # The last byte that is there comes again, since a server refuses a range of no bytes.
+        start = max(part.stat().st_size - 1, 0) if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
+        with (input_errors(f"{url} did not arrive: repeat the command to go on, or delete {part} "
+                           "to begin anew"),
+              urllib.request.urlopen(request, timeout=60) as answer,
+              open(part, "ab") as file,
+              tqdm.wrapattr(answer, "read", desc=archive.name, total=answer.length) as source):
+            file.truncate(start if answer.status == 206 else 0)  # 200: all of it comes once more
+            shutil.copyfileobj(source, file)
+            if answer.length:  # counts down to 0; None when the server does not tell it
+                raise OSError(f"the connection broke {answer.length} bytes before the end")
         os.replace(part, archive)
-    if archive != target:
-        unpacked = Path(f"{archive}.unpacked")
-        shutil.rmtree(unpacked, ignore_errors=True)
+    if not target.exists():
         with input_errors(f"{archive} did not unpack to a folder {target.name}: if it is damaged, "
                           "delete it"):
             shutil.unpack_archive(archive, unpacked, "zip")
