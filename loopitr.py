@@ -658,75 +658,68 @@ def evaluate(model, tokenizer, records, args, split="test", epoch=None):
 ALBEF = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth"
 ROWS = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 CAPTIONS = {"flickr30k": f"{ROWS}/flickr30k", "coco": f"{ROWS}/coco_karpathy"}
-PHOTOS = {
-    "flickr30k": [
-        "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/flickr30k-images.zip"],
-    "coco": [f"http://images.cocodataset.org/zips/{part}2014.zip" for part in ("train", "val")]}
+PHOTOS = [  # each unpacks to the folder of its name
+    "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/flickr30k-images.zip",
+    "http://images.cocodataset.org/zips/train2014.zip",
+    "http://images.cocodataset.org/zips/val2014.zip"]
 
 
-def load_captions(path, images=None):
-    """Read a captions file -> {"train": [Record], "val": [Record], "test": [Record]}.
+def load_captions(*paths, images=None):
+    """Read captions files -> {"train": [Record], "val": [Record], "test": [Record]}.
 
     Karpathy's  {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}, ...]}, ...]}
     ALBEF's     [{"image", "caption": string or list}, ...], one file per split, named after it
     images: the folder that image paths start from; that of the file, if not given. InputError for
-    other contents, and for an image with a blank caption or none."""
+    other contents, for an image in two splits, and for one with a blank caption or none."""
     splits = {"train": {}, "val": {}, "test": {}}  # split -> image -> Record
-    named = set(re.findall("(?<![a-z])(train|val|test)(?![a-z])", Path(path).stem))
-    with input_errors(f"{path} cannot be read as captions in Karpathy's or ALBEF's format"):
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        for row in content["images"] if isinstance(content, dict) else content:
-            if isinstance(content, dict):
-                image, split = Path(row.get("filepath", ""), row["filename"]), row["split"]
-                captions = [sentence["raw"] for sentence in row["sentences"]]
-            else:
-                if len(named) != 1:
-                    raise ValueError("its name must have train, val or test as a word of its own")
-                (split,) = named
-                image, captions = row["image"], row["caption"]
-                captions = [captions] if isinstance(captions, str) else captions
-            captions = [caption.strip() for caption in captions[:]]  # [:] fails for a dictionary
-            if not captions or not all(captions):
-                raise ValueError(f"{image} has a blank caption or none")
-            " ".join([str(image), *captions]).encode()  # fails for half a surrogate pair
-            split = split.replace("restval", "train")  # COCO: the rest of its val, for training
-            image = str(Path(images or Path(path).parent, image))
-            splits[split].setdefault(image, Record(image, [])).captions.extend(captions)
-        if not any(splits.values()):
-            raise ValueError("it names no images")
+    split_of = {}  # image -> its split
+    for path in map(Path, paths):
+        with input_errors(f"{path} cannot be read as captions in Karpathy's format, or in ALBEF's "
+                          "with train, val or test as a word of its name"):
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            for row in content["images"] if isinstance(content, dict) else content:
+                if "sentences" in row:
+                    split = row["split"].replace("restval", "train")  # COCO: the rest of its val
+                    image = Path(row.get("filepath", ""), row["filename"])
+                    captions = [sentence["raw"] for sentence in row["sentences"]]
+                else:
+                    (split,) = set(re.findall("(?<![a-z])(train|val|test)(?![a-z])", path.stem))
+                    image, captions = row["image"], row["caption"]
+                    captions = captions if isinstance(captions, list) else [captions]
+                captions = [caption.strip() for caption in captions]
+                if not captions or not all(captions):
+                    raise ValueError(f"{image} has a blank caption or none")
+                " ".join(captions).encode()  # fails for half a surrogate pair
+                image = str(Path(images or path.parent, image))
+                if split_of.setdefault(image, split) != split:
+                    raise ValueError(f"{image} is in two splits, {split_of[image]} and {split}")
+                splits[split].setdefault(image, Record(image, [])).captions.extend(captions)
     return {split: list(records.values()) for split, records in splits.items()}
 
 
 def load_splits(args):
-    """--data and --images -> {split: [Record]} for the splits that the command needs. flickr30k and
-    coco are fetched. InputError for images that are missing, or in two splits."""
-    splits = {"train": [], "val": [], "test": []} if args.train else {"test": []}
-    files, name = args.data, args.data[0] if args.data else ""
+    """--data and --images -> {split: [Record]}. Of flickr30k and coco, what the command needs is
+    fetched. InputError when images are missing."""
+    needed = ("train", "val", "test") if args.train else ("test",)
+    name, files = args.data[0], args.data
     folder = Path(args.root, name)
-    if not files:  # photos without captions, to search in
-        paths = sorted(path for path in Path(args.images).rglob("*") if is_image_file(path.name))
-        splits["test"] = [Record(str(path), []) for path in paths if path.is_file()]
-    elif name == "toy":
-        files = [make_toy_dataset(folder)]
-    elif name in CAPTIONS:
-        files = [fetch(f"{CAPTIONS[name]}_{split}.json", folder) for split in splits]
-    split_of = {}  # image -> split
-    for file in files:
-        for split, records in load_captions(file, args.images).items():
-            for image, _ in records:
-                if split_of.setdefault(image, split) != split:
-                    raise InputError(f"{image} is in two splits, {split_of[image]} and {split}")
-            if split in splits:
-                splits[split] += records
-    for url in PHOTOS.get(name, ()):  # only what the captions name: to test on COCO, val2014 alone
-        if args.images is None and any(f"/{Path(url).stem}/" in image for image in split_of):
-            fetch(url, folder)
-    for split, records in splits.items():
-        missing = [record.image for record in records if not os.path.isfile(record.image)]
-        if missing or not records:
-            raise InputError(f"{split} split: of {len(records)} images {len(missing)} are missing "
-                             f"{missing[:1]}: --images names the folder that their paths start "
-                             "from; if a download was unpacked in part, delete its folder")
+    if name in CAPTIONS:
+        files = [fetch(f"{CAPTIONS[name]}_{split}.json", folder) for split in needed]
+    if args.search and args.data == [args.images]:  # photos without captions
+        paths = sorted(path for path in Path(name).rglob("*") if is_image_file(path.name))
+        splits = {"test": [Record(str(path), []) for path in paths if path.is_file()]}
+    else:
+        splits = load_captions(*files, images=args.images)
+    for split in needed:
+        images = [record.image for record in splits[split]]
+        for url in PHOTOS:  # only what the captions name: to test on COCO, val2014 alone
+            if any(image.startswith(str(folder / Path(url).stem)) for image in images):
+                fetch(url, folder)
+        missing = [image for image in images if not os.path.isfile(image)]
+        if missing or not images:
+            raise InputError(f"{split} split of {name}: of {len(images)} images {len(missing)} are "
+                             f"missing {missing[:1]}: --images names the folder that their paths "
+                             "start from; if they were downloaded, delete its folder")
     return splits
 
 
@@ -1086,7 +1079,7 @@ def parse_arguments(argv):
         if args.data:
             parser.set_defaults(**here, images=None)  # the run's --images does not hold for these
         elif args.search and args.images:
-            parser.set_defaults(data=[])
+            parser.set_defaults(data=[args.images])
     args = parser.parse_args(argv)
     args.data = [name if name in PRESETS else os.path.abspath(name) for name in args.data]
     others = ("train", "evaluate", "search", "checkpoint", "output", "workers", "device")
@@ -1127,7 +1120,7 @@ def main(argv=None):
         with torch_distributed_zero_first(int(os.environ.get("LOCAL_RANK", -1))):
             args, checkpoint = parse_arguments(argv)
             if args.data == ["toy"]:  # it configures the backbones, too
-                make_toy_dataset(Path(args.root, "toy"))
+                args.data = [make_toy_dataset(Path(args.root, "toy"))]
             torch.manual_seed(args.seed)
             model, tokenizer = build_model(
                 args.image_model, args.text_model, args.image_size, checkpoint,

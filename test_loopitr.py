@@ -525,7 +525,8 @@ def test_karpathy_files_are_read(tmp_path):
                 "sentences": [{"raw": f"  caption {n} {c} \n"} for c in range(n)]}
                for n, split in ((1, "train"), (7, "restval"), (5, "val"), (2, "test"))]
     del entries[0]["filepath"]
-    splits = load_captions(write_json(tmp_path / "d.json", {"images": entries}), "pictures")
+    splits = load_captions(write_json(tmp_path / "d.json", {"images": entries}),
+                           images="pictures")
     assert {split: len(records) for split, records in splits.items()} == {
         "train": 2, "val": 1, "test": 1}
     first, second = splits["train"]
@@ -543,12 +544,12 @@ def test_the_rows_of_one_image_are_joined(tmp_path):
     assert splits == {"train": [(str(tmp_path / "f/a.jpg"), ["one", "three"]),
                                 (str(tmp_path / "f/b.jpg"), ["two"])], "val": [], "test": []}
     rows = [{"image": "a.jpg", "caption": ["1", "2", " 3", "4 ", "5"]}]
-    splits = load_captions(write_json(tmp_path / "coco_karpathy_val.json", rows), "x")
+    splits = load_captions(write_json(tmp_path / "coco_karpathy_val.json", rows), images="x")
     assert splits["val"] == [(os.path.join("x", "a.jpg"), ["1", "2", "3", "4", "5"])]
 
 
 @pytest.mark.parametrize("name, content", [
-    ("a.json", {"pictures": []}), ("a_train.json", {"images": [3]}), ("a.json", ""), ("a.json", 5),
+    ("a.json", {"pictures": []}), ("a_train.json", {"images": [3]}), ("a.json", 5),
     ("nothing.json", [{"image": "a.jpg", "caption": "x"}]),
     ("a_val.json", [{"image": "a.jpg", "caption": " "}]),
     ("a.json", {"images": [{"filename": "a", "split": "val", "sentences": []}]})])
@@ -559,7 +560,7 @@ def test_a_file_of_another_form_is_named(tmp_path, name, content):
 
 @pytest.mark.parametrize("name", ["captions.json", "trainval.json", "train_and_val.json"])
 def test_a_file_of_rows_is_named_after_one_split(tmp_path, name):
-    with pytest.raises(loopitr.InputError, match=f"{name} .*as a word of its own"):
+    with pytest.raises(loopitr.InputError, match=f"{name} .*test as a word of its name"):
         load_captions(write_json(tmp_path / name, [{"image": "a.jpg", "caption": "x"}]))
 
 
@@ -1087,7 +1088,7 @@ def test_errors_of_captions_and_images(here, tmp_path, capsys):
     fails(capsys, [*train, tmp_path / "none.json"], "none.json")
     path = toy_without(here, tmp_path, lambda images: [
         images.remove(entry) for entry in list(images) if entry["split"] == "val"])
-    fails(capsys, [*train, path], "val split: of 0 images")
+    fails(capsys, [*train, path], "val split of", "captions.json: of 0 images")
     path = toy_without(here, tmp_path, lambda images: [
         entry.update(filename=f"gone{n}") for n, entry in enumerate(images[:5])])
     line = fails(capsys, [*train, path], "of 40 images 5 are missing", "gone0")
@@ -1334,7 +1335,7 @@ def test_captions_of_a_wrong_kind_are_one_line(here, tmp_path, capsys, content):
 def test_rows_whose_captions_are_no_text_are_refused_and_a_bom_is_read(tmp_path):
     path = tmp_path / "a_val.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps([{"image": "a.jpg", "caption": "x"}]).encode())
-    assert load_captions(path, "p")["val"] == [(os.path.join("p", "a.jpg"), ["x"])]
+    assert load_captions(path, images="p")["val"] == [(os.path.join("p", "a.jpg"), ["x"])]
     for captions in ({"a": 1}, [5], 5, None, []):
         with pytest.raises(loopitr.InputError, match="a_val.json"):
             load_captions(write_json(path, [{"image": "a.jpg", "caption": captions}]))
@@ -1462,9 +1463,8 @@ def server(monkeypatch):
     monkeypatch.setattr(loopitr, "CAPTIONS", {
         "flickr30k": f"{address}/flickr30k", "coco": f"{address}/coco_karpathy"})
     monkeypatch.setattr(loopitr, "ALBEF", f"{address}/ALBEF_4M.pth")
-    monkeypatch.setattr(loopitr, "PHOTOS", {
-        name: [f"{address}/{url.rpartition('/')[2]}" for url in urls]
-        for name, urls in loopitr.PHOTOS.items()})
+    monkeypatch.setattr(loopitr, "PHOTOS", [
+        f"{address}/{url.rpartition('/')[2]}" for url in loopitr.PHOTOS])
     yield listener
     listener.shutdown()
 
@@ -1616,8 +1616,8 @@ def test_photos_that_are_missing_from_a_folder_name_it(server, tmp_path):
     offer_flickr30k(server)
     load("flickr30k", tmp_path)
     (tmp_path / "flickr30k" / "flickr30k-images" / "val.jpg").unlink()
-    with pytest.raises(loopitr.InputError, match="val split: of 1 images 1 are missing .*"
-                       "flickr30k-images/val.jpg.*delete its folder"):
+    with pytest.raises(loopitr.InputError, match="val split of flickr30k: of 1 images 1 are missing "
+                       ".*flickr30k-images/val.jpg.*delete its folder"):
         load("flickr30k", tmp_path)
 
 
@@ -1873,7 +1873,7 @@ def test_two_steps_of_two_processes_equal_those_of_one_on_both_halves(toy, tmp_p
     model, tokenizer = loopitr.build_model(folder / "image-model", folder / "text-model", 48,
                                            scratch=True)
     pairs = [(number, record.image, caption) for number, record in enumerate(
-        load_captions(path, folder)["train"]) for caption in record.captions]
+        load_captions(path, images=folder)["train"]) for caption in record.captions]
     halves = []
     for rank in (0, 1):
         sampler = torch.utils.data.DistributedSampler(pairs, 2, rank, seed=0)
