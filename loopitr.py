@@ -47,7 +47,6 @@ import signal
 import sys
 import time
 import urllib.request
-from collections import namedtuple
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -89,9 +88,6 @@ class InputError(Exception):
 
 
 # -------------------------------------------------------------------------------------- Data loader
-
-Record = namedtuple("Record", ["image", "captions"])  # path of one image, list of its captions
-
 
 class RandAugment(v2.RandAugment):
     """ALBEF's operations: torchvision's without Color, Contrast, Posterize and Solarize."""
@@ -441,8 +437,8 @@ def train(model, tokenizer, splits, args, checkpoint=None):
     one to go on from. checkpoint: content of last.pt, if there is one. InputError when the batch
     size does not fit, or a gradient is not finite."""
     pairs = []  # (image number, path, caption)
-    for number, record in enumerate(splits["train"]):
-        pairs += [(number, record.image, caption) for caption in record.captions]
+    for number, (path, captions) in enumerate(splits["train"].items()):
+        pairs += [(number, path, caption) for caption in captions]
     processes = args.processes
     share = args.batch_size // processes
     if args.batch_size % processes or not args.negatives < share <= len(pairs) // processes:
@@ -615,16 +611,16 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, records, args, split="test", epoch=None):
+def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     """Print recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top
     --rerank, whose seconds include the dual's; with --output, log it, and draw examples of test.
 
-    -> {"dual": {"TR@1", .., "rsum", "seconds"}, "cross": {..}}"""
-    captions, image_of_text = [], []
-    for number, record in enumerate(records):
-        captions += record.captions
-        image_of_text += [number] * len(record.captions)
-    image_of_text, paths = torch.tensor(image_of_text), [record.image for record in records]
+    captions_of: {image path: [caption, ..]} -> {"dual": {"TR@1", .., "rsum", "seconds"}, "cross": {..}}"""
+    paths, captions, image_of_text = list(captions_of), [], []
+    for number, path in enumerate(paths):
+        captions += captions_of[path]
+        image_of_text += [number] * len(captions_of[path])
+    image_of_text = torch.tensor(image_of_text)
     start = time.perf_counter()
     image_tokens, images = encode_images(model, paths, args.image_size, args.workers)
     text_tokens, mask, texts = encode_texts(model, tokenizer, captions)
@@ -646,7 +642,7 @@ def evaluate(model, tokenizer, records, args, split="test", epoch=None):
         write_log(args, split=split, epoch=epoch, images=len(paths), texts=len(captions), k=k,
                   **result)
         if split == "test":
-            draw_retrieval(f"{args.output}/retrieval.png", records, dual_logits, text_to_image)
+            draw_retrieval(f"{args.output}/retrieval.png", captions_of, dual_logits, text_to_image)
     return result
 
 
@@ -665,13 +661,13 @@ PHOTOS = [  # each unpacks to the folder of its name
 
 
 def load_captions(*paths, images=None):
-    """Read captions files -> {"train": [Record], "val": [Record], "test": [Record]}.
+    """Read captions files -> {"train": {image path: [caption, ..]}, "val": {..}, "test": {..}}.
 
     Karpathy's  {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}, ...]}, ...]}
     ALBEF's     [{"image", "caption": string or list}, ...], one file per split, named after it
     images: the folder that image paths start from; that of the file, if not given. InputError for
     other contents, for an image in two splits, and for one with a blank caption or none."""
-    splits = {"train": {}, "val": {}, "test": {}}  # split -> image -> Record
+    splits = {"train": {}, "val": {}, "test": {}}
     split_of = {}  # image -> its split
     for path in map(Path, paths):
         with input_errors(f"{path} cannot be read as captions in Karpathy's format, or in ALBEF's "
@@ -693,13 +689,13 @@ def load_captions(*paths, images=None):
                 image = str(Path(images or path.parent, image))
                 if split_of.setdefault(image, split) != split:
                     raise ValueError(f"{image} is in two splits, {split_of[image]} and {split}")
-                splits[split].setdefault(image, Record(image, [])).captions.extend(captions)
-    return {split: list(records.values()) for split, records in splits.items()}
+                splits[split].setdefault(image, []).extend(captions)
+    return splits
 
 
 def load_splits(args):
-    """--data and --images -> {split: [Record]}. Of flickr30k and coco, what the command needs is
-    fetched. InputError when images are missing."""
+    """--data and --images -> {split: {image path: captions}}. Of flickr30k and coco, what the
+    command needs is fetched. InputError when images are missing."""
     needed = ("train", "val", "test") if args.train else ("test",)
     name, files = args.data[0], args.data
     folder = Path(args.root, name)
@@ -707,11 +703,11 @@ def load_splits(args):
         files = [fetch(f"{CAPTIONS[name]}_{split}.json", folder) for split in needed]
     if args.search and args.data == [args.images]:  # photos without captions
         paths = sorted(path for path in Path(name).rglob("*") if is_image_file(path.name))
-        splits = {"test": [Record(str(path), []) for path in paths if path.is_file()]}
+        splits = {"test": {str(path): [] for path in paths if path.is_file()}}
     else:
         splits = load_captions(*files, images=args.images)
     for split in needed:
-        images = [record.image for record in splits[split]]
+        images = splits[split]
         for url in PHOTOS:  # only what the captions name: to test on COCO, val2014 alone
             if any(image.startswith(str(folder / Path(url).stem)) for image in images):
                 fetch(url, folder)
@@ -910,7 +906,7 @@ def start_run(model, tokenizer, splits, args):
     model.image_encoder.config.save_pretrained(f"{args.output}/image-model")
     for part in (model.text_encoder.config, tokenizer):
         part.save_pretrained(f"{args.output}/text-model")
-    images = {split: len(records) for split, records in splits.items()}
+    images = {split: len(captions_of) for split, captions_of in splits.items()}
     write_log(args, "w", options=args.of_run, images=images, processes=args.processes,
               device=args.device, torch=torch.__version__, transformers=transformers.__version__)
 
@@ -946,33 +942,32 @@ def gather(x):
 # ------------------------------------------------------------------------------ Search and pictures
 
 @torch.no_grad()
-def search(model, tokenizer, records, args, folder):
+def search(model, tokenizer, paths, args, folder):
     """Print and draw the dual encoder's top --rerank images for the words of --search, ordered by
     the sum: match logit + --dual-weight * dual logit."""
-    paths = [record.image for record in records]
     embeddings = encode_images(model, paths, args.image_size, args.workers, keep_tokens=False)[1]
     text_tokens, mask, text = encode_texts(model, tokenizer, [args.search])
     dual, best = (embeddings @ text.T / model.temperature).topk(min(args.rerank, len(paths)), 0)
-    records = [records[i] for i in best[:, 0].tolist()]
-    paths = [record.image for record in records]
+    paths = [paths[i] for i in best[:, 0].tolist()]
     image_tokens = encode_images(model, paths, args.image_size, args.workers)[0]
     match = rerank(model, image_tokens, text_tokens, mask, dual, len(paths))[1]
     scores = match + args.dual_weight * dual.cpu()
     print("     sum    match     dual")
     for i in scores[:, 0].argsort(descending=True, stable=True).tolist():
         print(f"{scores[i].item():8.2f} {match[i].item():8.2f} {dual[i].item():8.2f}  {paths[i]}")
-    draw_retrieval(Path(args.output or folder, "search.png"), records, dual, scores, args.search)
+    draw_retrieval(Path(args.output or folder, "search.png"), dict.fromkeys(paths, []), dual,
+                   scores, args.search)
 
 
-def draw_retrieval(path, records, dual_logits, scores, words=None, count=6, side=96):
+def draw_retrieval(path, captions_of, dual_logits, scores, words=None, count=6, side=96):
     """Draw the five best images by the dual encoder (left) and re-ranked (right): for `words`, with
     scores in column 0, or for some captions whose best image changed; the right one is framed."""
     queries = [(words, None)] if words else []  # text, path of its image
-    for record in records:
-        queries += [(caption, record.image) for caption in record.captions]
+    for image, captions in captions_of.items():
+        queries += [(caption, image) for caption in captions]
     changed = (dual_logits.argmax(0).cpu() != scores.argmax(0)).nonzero().flatten().tolist()
     shown = [0] if words else changed[::max(1, len(changed) // count)][:count]
-    step = side + 8
+    paths, step = list(captions_of), side + 8
     canvas = Image.new("RGB", (10 * step + 40, 32 + len(shown) * (step + 30)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
     draw.text((8, 6), "dual encoder's top images", "black", font)
@@ -982,8 +977,8 @@ def draw_retrieval(path, records, dual_logits, scores, words=None, count=6, side
         draw.text((8, y), text, "black", font)
         for x, matrix in ((4, dual_logits), (5 * step + 28, scores)):
             for i in matrix[:, t].argsort(descending=True, stable=True)[:5].tolist():
-                image = read_image(records[i].image).resize((side, side))
-                frame = "limegreen" if records[i].image == right else "white"
+                image = read_image(paths[i]).resize((side, side))
+                frame = "limegreen" if paths[i] == right else "white"
                 canvas.paste(ImageOps.expand(image, 4, frame), (x, y + 20))
                 x += step
     canvas.save(path)
@@ -1128,7 +1123,7 @@ def main(argv=None):
             splits = load_splits(args)
         os.makedirs(args.output or ".", exist_ok=True)
         if args.search:
-            search(model, tokenizer, splits["test"], args, Path(checkpoint["path"]).parent)
+            search(model, tokenizer, list(splits["test"]), args, Path(checkpoint["path"]).parent)
         if args.train:
             train(model, tokenizer, splits, args, checkpoint)
         if args.rank == 0 and not args.search:
