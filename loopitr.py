@@ -615,7 +615,7 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     """Print recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top
     --rerank, whose seconds include the dual's; with --output, log it, and draw examples of test.
 
-    captions_of: {image path: [caption, ..]} -> {"dual": {"TR@1", .., "rsum", "seconds"}, "cross": {..}}"""
+    captions_of: {image path: captions} -> {"dual": {"TR@1", .., "rsum", "seconds"}, "cross": {}}"""
     paths, captions, image_of_text = list(captions_of), [], []
     for number, path in enumerate(paths):
         captions += captions_of[path]
@@ -642,7 +642,8 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
         write_log(args, split=split, epoch=epoch, images=len(paths), texts=len(captions), k=k,
                   **result)
         if split == "test":
-            draw_retrieval(f"{args.output}/retrieval.png", captions_of, dual_logits, text_to_image)
+            draw_retrieval(f"{args.output}/retrieval.png", paths, captions, image_of_text,
+                           dual_logits, text_to_image)
     return result
 
 
@@ -955,30 +956,26 @@ def search(model, tokenizer, paths, args, folder):
     print("     sum    match     dual")
     for i in scores[:, 0].argsort(descending=True, stable=True).tolist():
         print(f"{scores[i].item():8.2f} {match[i].item():8.2f} {dual[i].item():8.2f}  {paths[i]}")
-    draw_retrieval(Path(args.output or folder, "search.png"), dict.fromkeys(paths, []), dual,
-                   scores, args.search)
+    draw_retrieval(Path(args.output or folder, "search.png"), paths, [args.search], [None], dual,
+                   scores)
 
 
-def draw_retrieval(path, captions_of, dual_logits, scores, words=None, count=6, side=96):
-    """Draw the five best images by the dual encoder (left) and re-ranked (right): for `words`, with
-    scores in column 0, or for some captions whose best image changed; the right one is framed."""
-    queries = [(words, None)] if words else []  # text, path of its image
-    for image, captions in captions_of.items():
-        queries += [(caption, image) for caption in captions]
+def draw_retrieval(path, images, texts, image_of_text, dual_logits, scores, count=6, side=96):
+    """Draw the five best images by the dual encoder (left) and re-ranked (right), for the only text
+    or for some whose best image changed. The right image, if it is known, is framed."""
     changed = (dual_logits.argmax(0).cpu() != scores.argmax(0)).nonzero().flatten().tolist()
-    shown = [0] if words else changed[::max(1, len(changed) // count)][:count]
-    paths, step = list(captions_of), side + 8
+    shown = [0] if len(texts) == 1 else changed[::max(1, len(changed) // count)][:count]
+    step = side + 8
     canvas = Image.new("RGB", (10 * step + 40, 32 + len(shown) * (step + 30)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
     draw.text((8, 6), "dual encoder's top images", "black", font)
     draw.text((5 * step + 32, 6), "after re-ranking by the cross encoder", "black", font)
     for y, t in zip(range(32, canvas.height, step + 30), shown):
-        text, right = queries[t]
-        draw.text((8, y), text, "black", font)
+        draw.text((8, y), texts[t], "black", font)
         for x, matrix in ((4, dual_logits), (5 * step + 28, scores)):
             for i in matrix[:, t].argsort(descending=True, stable=True)[:5].tolist():
-                image = read_image(paths[i]).resize((side, side))
-                frame = "limegreen" if paths[i] == right else "white"
+                image = read_image(images[i]).resize((side, side))
+                frame = "limegreen" if i == image_of_text[t] else "white"
                 canvas.paste(ImageOps.expand(image, 4, frame), (x, y + 20))
                 x += step
     canvas.save(path)

@@ -754,14 +754,16 @@ def test_training_writes_checkpoints_log_picture_and_table(trained):
 
 def test_the_picture_frames_the_right_image(here, tmp_path):
     captions_of = load_captions("data/toy/captions.json")["test"]
+    texts = [caption for captions in captions_of.values() for caption in captions]
+    queries = list(captions_of), texts, [i // 2 for i in range(24)]
     oracle = torch.eye(12).repeat_interleave(2, dim=1)  # two captions of each image
-    loopitr.draw_retrieval(tmp_path / "a.png", captions_of, -oracle, oracle, count=3)
+    loopitr.draw_retrieval(tmp_path / "a.png", *queries, -oracle, oracle, count=3)
     picture = Image.open(tmp_path / "a.png")
     width, height = picture.size
     for half, frames in (((0, 0, width // 2, height), 0), ((width // 2, 0, width, height), 3)):
         colours = {colour: count for count, colour in picture.crop(half).getcolors(1 << 20)}
         assert colours.get((50, 205, 50), 0) == frames * (104 ** 2 - 96 ** 2)  # lime green
-    loopitr.draw_retrieval(tmp_path / "b.png", captions_of, oracle, oracle)
+    loopitr.draw_retrieval(tmp_path / "b.png", *queries, oracle, oracle)
     assert Image.open(tmp_path / "b.png").size[1] == 32  # nothing changed: only the heading
 
 
