@@ -615,7 +615,7 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     """Print recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top
     --rerank, whose seconds include the dual's; with --output, log it, and draw examples of test.
 
-    captions_of: {image path: captions} -> {"dual": {"TR@1", .., "rsum", "seconds"}, "cross": {}}"""
+    captions_of: {image path: captions} -> {"dual": {"TR@1", .., "seconds"}, "cross": {..}}"""
     paths, captions, image_of_text = list(captions_of), [], []
     for number, path in enumerate(paths):
         captions += captions_of[path]
@@ -721,9 +721,9 @@ def load_splits(args):
 
 
 def fetch(url, folder):
-    """Download url into folder, and unpack it if it is a zip -> path, which exists only when it is
-    whole, and then is not fetched again. An interrupted download is resumed if the server can do
-    that. InputError when a download breaks off, is silent for a minute, or is damaged."""
+    """Download url into folder if it is not there, and unpack a zip -> path, which exists only when
+    it is whole. A download that broke off is resumed if the server can do that. InputError when it
+    breaks off, is silent for a minute, or is damaged."""
     archive = Path(folder, url.rpartition("/")[2])
     target = Path(folder, archive.name.removesuffix(".zip"))
     part, unpacked = Path(f"{archive}.part"), Path(f"{archive}.unpacked")
@@ -743,8 +743,7 @@ def fetch(url, folder):
                 raise OSError(f"the connection broke {answer.length} bytes before the end")
         os.replace(part, archive)
     if not target.exists():
-        with input_errors(f"{archive} did not unpack to a folder {target.name}: if it is damaged, "
-                          "delete it"):
+        with input_errors(f"{archive} did not unpack to {target.name}: if damaged, delete it"):
             shutil.unpack_archive(archive, unpacked, "zip")
             os.replace(unpacked / target.name, target)
         shutil.rmtree(unpacked)
