@@ -716,7 +716,7 @@ def load_splits(args):
         if missing or not images:
             raise InputError(f"{split} split of {name}: of {len(images)} images {len(missing)} are "
                              f"missing {missing[:1]}: --images names the folder that their paths "
-                             "start from; if they were downloaded, delete its folder")
+                             "start from; if they were downloaded, delete their folder")
     return splits
 
 

@@ -1622,7 +1622,7 @@ def test_photos_that_are_missing_from_a_folder_name_it(server, tmp_path):
     load("flickr30k", tmp_path)
     (tmp_path / "flickr30k" / "flickr30k-images" / "val.jpg").unlink()
     with pytest.raises(loopitr.InputError, match="val split of flickr30k: of 1 images 1 are "
-                       "missing .*flickr30k-images/val.jpg.*delete its folder"):
+                       "missing .*flickr30k-images/val.jpg.*delete their folder"):
         load("flickr30k", tmp_path)
 
 
