@@ -632,15 +632,13 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     cross = recall_at_k(image_to_text, image_of_text, text_to_image=text_to_image)
     cross["seconds"] = time.perf_counter() - start
     result = {"dual": dual, "cross": cross}
-    k = min(args.rerank, max(len(paths), len(captions)))
     print(f"{split}: {len(paths)} images, {len(captions)} texts; of each query's candidates, the "
-          f"cross encoder re-ranks the dual encoder's top {k}")
+          f"cross encoder re-ranks the dual encoder's top {args.rerank}")
     print(" " * 13 + "".join(f"{name:>8}" for name in dual))
     for name, values in result.items():
         print(f"{name + ' encoder':13}" + "".join(f"{v:8.1f}" for v in values.values()))
     if args.output:
-        write_log(args, split=split, epoch=epoch, images=len(paths), texts=len(captions), k=k,
-                  **result)
+        write_log(args, split=split, epoch=epoch, images=len(paths), k=args.rerank, **result)
         if split == "test":
             draw_retrieval(f"{args.output}/retrieval.png", paths, captions, image_of_text,
                            dual_logits, text_to_image)
@@ -696,13 +694,13 @@ def load_captions(*paths, images=None):
 
 def load_splits(args):
     """--data and --images -> {split: {image path: captions}}. Of flickr30k and coco, what the
-    command needs is fetched. InputError when images are missing."""
+    command needs is fetched to --images. InputError when images are missing."""
     needed = ("train", "val", "test") if args.train else ("test",)
     name, files = args.data[0], args.data
-    folder = Path(args.root, name)
     if name in CAPTIONS:
-        files = [fetch(f"{CAPTIONS[name]}_{split}.json", folder) for split in needed]
-    if args.search and args.data == [args.images]:  # photos without captions
+        files = [fetch(f"{CAPTIONS[name]}_{split}.json", args.images) for split in needed]
+        files += args.data[1:]
+    if args.search and files == [args.images]:  # photos without captions
         paths = sorted(path for path in Path(name).rglob("*") if is_image_file(path.name))
         splits = {"test": {str(path): [] for path in paths if path.is_file()}}
     else:
@@ -710,8 +708,8 @@ def load_splits(args):
     for split in needed:
         images = splits[split]
         for url in PHOTOS:  # only what the captions name: to test on COCO, val2014 alone
-            if any(image.startswith(str(folder / Path(url).stem)) for image in images):
-                fetch(url, folder)
+            if name in CAPTIONS and any(f"/{Path(url).stem}/" in image for image in images):
+                fetch(url, args.images)
         missing = [image for image in images if not os.path.isfile(image)]
         if missing or not images:
             raise InputError(f"{split} split of {name}: of {len(images)} images {len(missing)} are "
@@ -942,21 +940,20 @@ def gather(x):
 # ------------------------------------------------------------------------------ Search and pictures
 
 @torch.no_grad()
-def search(model, tokenizer, paths, args, folder):
+def search(model, tokenizer, paths, args):
     """Print and draw the dual encoder's top --rerank images for the words of --search, ordered by
-    the sum: match logit + --dual-weight * dual logit."""
+    the score: match logit + --dual-weight * dual logit."""
     embeddings = encode_images(model, paths, args.image_size, args.workers, keep_tokens=False)[1]
     text_tokens, mask, text = encode_texts(model, tokenizer, [args.search])
     dual, best = (embeddings @ text.T / model.temperature).topk(min(args.rerank, len(paths)), 0)
     paths = [paths[i] for i in best[:, 0].tolist()]
     image_tokens = encode_images(model, paths, args.image_size, args.workers)[0]
-    match = rerank(model, image_tokens, text_tokens, mask, dual, len(paths))[1]
-    scores = match + args.dual_weight * dual.cpu()
-    print("     sum    match     dual")
+    scores = rerank(model, image_tokens, text_tokens, mask, dual, len(paths), args.dual_weight)[1]
+    print("   score     dual")
     for i in scores[:, 0].argsort(descending=True, stable=True).tolist():
-        print(f"{scores[i].item():8.2f} {match[i].item():8.2f} {dual[i].item():8.2f}  {paths[i]}")
-    draw_retrieval(Path(args.output or folder, "search.png"), paths, [args.search], [None], dual,
-                   scores)
+        print(f"{scores[i].item():8.2f} {dual[i].item():8.2f}  {paths[i]}")
+    picture = Path(args.output or ".", "search.png")
+    draw_retrieval(picture, paths, [args.search], [None], dual, scores)
 
 
 def draw_retrieval(path, images, texts, image_of_text, dual_logits, scores, count=6, side=96):
@@ -989,8 +986,8 @@ def argument_parser():
         description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog=f"Other defaults: {PRESETS}; and with a checkpoint as --init: {TRAINED_START}")
-    positive, whole, share = number(int, 1), number(int, 0), number(float, 0, 1)
-    weight, count_or_all = number(float, 0), number(int, 1, words={"all": 10 ** 9})
+    positive, whole = number(int, 1), number(int, 0)
+    share, weight = number(float, 0, 1), number(float, 0)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--train", action="store_true", help="train, or resume, then test the best epoch")
     add("--evaluate", action="store_true", help="test --checkpoint")
@@ -998,7 +995,7 @@ def argument_parser():
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--checkpoint", help="to evaluate or search with; runs/DATA/best.pt if not given")
     add("--output", help="folder to write to; if not given, runs/DATA for training, else none")
-    add("--rerank", type=count_or_all, default=16, help="candidates per query to re-rank, or all")
+    add("--rerank", type=positive, default=16, help="candidates per query to re-rank")
     add("--dual-weight", type=weight, default=1.0, help="of dual logits, added in re-ranking")
     add("--data", nargs="+", help="toy (if not given), flickr30k, coco or captions files")
     add("--images", type=os.path.abspath, help="folder that image paths start from")
@@ -1007,8 +1004,7 @@ def argument_parser():
     add("--image-model", default="facebook/deit-base-patch16-224", help="transformers name or path")
     add("--text-model", default="google-bert/bert-base-uncased", help="a BERT, name or path")
     add("--image-size", type=positive, default=384, help="pixels")
-    add("--init", default="backbones", help="start from pre-trained backbones, from scratch, from "
-        "albef (downloaded), or from a checkpoint of loopitr.py or ALBEF")
+    add("--init", default="backbones", help="backbones, scratch, albef, or path of a checkpoint")
     add("--freeze-image", action="store_true", help="no gradient for the image encoder")
     add("--negatives", type=positive, default=1, help="m, hard negatives per image and per text")
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
@@ -1031,10 +1027,10 @@ def argument_parser():
     return parser
 
 
-def number(kind, low, high=1e9, words={}):
-    """Type of an option: a number from low to high (so neither NaN nor infinity), or a word."""
+def number(kind, low, high=1e9):
+    """Type of an option: a number from low to high, so neither NaN nor infinity."""
     def parse(text):
-        value = words[text] if text in words else kind(text)
+        value = kind(text)
         if not low <= value <= high:
             raise ValueError
         return value
@@ -1050,12 +1046,10 @@ def parse_arguments(argv):
     parser = argument_parser()
     args = parser.parse_args(argv)
     data = args.data or ["toy"]
-    if data[0] in PRESETS and len(data) > 1:
-        parser.error(f"--data {data[0]} takes no other files")
     preset, run = PRESETS.get(data[0], {}), f"runs/{Path(data[0]).stem}"
-    here = {"data": data, "root": os.path.abspath("data")}
+    images = os.path.abspath(f"data/{data[0]}") if preset else None
     last = Path(args.output or run, "last.pt")
-    parser.set_defaults(**here | preset)
+    parser.set_defaults(data=data, images=images, **preset)
     if args.train:
         parser.set_defaults(output=run)
         init = parser.parse_args(argv).init
@@ -1068,7 +1062,7 @@ def parse_arguments(argv):
         checkpoint = load_checkpoint(args.checkpoint or f"{run}/best.pt")
         parser.set_defaults(**checkpoint.get("options", {}))  # ALBEF's has none
         if args.data:
-            parser.set_defaults(**here, images=None)  # the run's --images does not hold for these
+            parser.set_defaults(images=images)  # the run's --images does not hold for these
         elif args.search and args.images:
             parser.set_defaults(data=[args.images])
     args = parser.parse_args(argv)
@@ -1078,13 +1072,11 @@ def parse_arguments(argv):
     args.rank = int(os.environ.get("RANK", 0))  # torchrun sets both
     args.processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.train and last.exists():
-        # It may be resumed from another folder. A foreign last.pt has no options and fails later.
-        stored = checkpoint.get("options", {}) | {"root": args.root}
-        other = [f"{option}={value!r}" for option, value in stored.items()
-                 if value != args.of_run.get(option)]
+        stored = checkpoint.get("options", {})  # a foreign last.pt has none, and fails later
+        other = {name: value for name, value in stored.items() if value != args.of_run.get(name)}
         if other:
-            raise InputError(f"{args.output} holds a run with {', '.join(other)}: choose the same "
-                             "to go on, or another --output for a new run")
+            raise InputError(f"{args.output} holds a run with {other}: choose the same to go on, "
+                             "or another --output for a new run")
     elif args.output and any(Path(args.output).glob("*.pt")):
         raise InputError(f"nothing may overwrite the run in {args.output}: give another --output")
     return args, checkpoint
@@ -1110,8 +1102,8 @@ def main(argv=None):
         # One process of each machine draws and downloads what the others then find.
         with torch_distributed_zero_first(int(os.environ.get("LOCAL_RANK", -1))):
             args, checkpoint = parse_arguments(argv)
-            if args.data == ["toy"]:  # it configures the backbones, too
-                args.data = [make_toy_dataset(Path(args.root, "toy"))]
+            if args.data == ["toy"]:  # drawn first, since it configures the backbones, too
+                args.data = [make_toy_dataset(args.images)]
             torch.manual_seed(args.seed)
             model, tokenizer = build_model(
                 args.image_model, args.text_model, args.image_size, checkpoint,
@@ -1119,7 +1111,7 @@ def main(argv=None):
             splits = load_splits(args)
         os.makedirs(args.output or ".", exist_ok=True)
         if args.search:
-            search(model, tokenizer, list(splits["test"]), args, Path(checkpoint["path"]).parent)
+            search(model, tokenizer, list(splits["test"]), args)
         if args.train:
             train(model, tokenizer, splits, args, checkpoint)
         if args.rank == 0 and not args.search:
