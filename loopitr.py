@@ -64,6 +64,7 @@ from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, ViTConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput
 from transformers.trainer_pt_utils import torch_distributed_zero_first
 
@@ -184,7 +185,7 @@ class Attention(nn.Module):
         return self.output(attended, x)
 
 
-class CrossLayer(nn.Module):
+class CrossLayer(GradientCheckpointingLayer):
     """BERT layer with cross-attention between self-attention and feed-forward (ALBEF)."""
 
     def __init__(self, config, image_width):
@@ -231,7 +232,6 @@ class LoopITR(nn.Module):
         # ALBEF's 0.07, learned as a logarithm, so that it stays positive without clamping.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
         self.bf16 = bf16
-        self.grad_checkpointing = False
 
     @property
     def temperature(self):
@@ -249,12 +249,10 @@ class LoopITR(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def recompute_activations(self):
-        """Keep fewer activations for the backward pass, and compute them twice."""
-        self.grad_checkpointing = True  # of the cross encoder
-        for encoder in (self.image_encoder, self.text_encoder):
-            # The second name is the one before transformers 5.23, deprecated since.
-            enable = getattr(encoder, "activation_checkpointing_enable", None)
-            (enable or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
+        """Of each layer, keep only the input for the backward pass, and compute the rest again."""
+        for layer in self.modules():
+            if isinstance(layer, GradientCheckpointingLayer):  # CrossLayer and transformers' layers
+                layer.forward = partial(recompute, layer.forward, use_reentrant=False)
 
     def forward(self, batch, **options):
         """`loop_losses`, under the name that DistributedDataParallel calls."""
@@ -291,11 +289,7 @@ class LoopITR(nn.Module):
             for layer in self.cross_encoder:
                 # The match head reads only [CLS], so the last layer computes only [CLS].
                 x = text[:, :1] if layer is self.cross_encoder[-1] else text
-                inputs = x, text, mask, image_tokens, places
-                if self.grad_checkpointing and self.training:
-                    text = recompute(layer, *inputs, use_reentrant=False)
-                else:
-                    text = layer(*inputs)
+                text = layer(x, text, mask, image_tokens, places)
         with torch.autocast(self.device.type, enabled=False):  # not in a caller's bf16, either
             return self.match_head(text[:, 0].float()).squeeze(1)
 
