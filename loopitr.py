@@ -160,28 +160,25 @@ class Attention(nn.Module):
     def forward(self, x, source, mask=None, places=None):
         """x (P,L or 1,D) attends to source -> like x.
 
-        Self-attention: source (P,L,D) is text, read where mask (P,L) is not 0.
+        Self-attention: source (P,L,D) is text, read where mask (P,1,1,L) is True.
         Cross-attention: source (I,N,D) is images, and all texts paired with an image form one long
         query to it. Images have different numbers of texts, so these are padded to a table with a
-        row for each image and as many columns as any image has texts: places = (slots (P,),
-        longest); pair p stands in cell slots[p], counted row by row, of the I * longest cells."""
+        row for each image: places = (row (P,), column (P,), number of columns) of the pairs."""
         query = self.self["query"](x)
         key, value = self.self["key"](source), self.self["value"](source)
         if places is not None:
             # So an image's keys and values, most of the work at 577 tokens, are projected once and
             # never copied per pair. Cells without a pair stay zero, and are computed in vain.
-            slots, longest = places
-            padded = query.new_zeros(len(source) * longest, *query.shape[1:])
-            query = padded.index_copy(0, slots, query)
-            query = query.view(len(source), -1, query.shape[2])  # (I,longest*L,D)
-        if mask is not None:
-            mask = mask[:, None, None].bool()  # the same for all heads and queries
+            row, column, columns = places
+            table = query.new_zeros(len(source), columns, *query.shape[1:])
+            table[row, column] = query
+            query = table.flatten(1, 2)  # (I,columns*L,D)
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2)
                              for part in (query, key, value))  # (P or I,heads,tokens,D/heads)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended = attended.transpose(1, 2).flatten(2)
         if places is not None:
-            attended = attended.view(-1, *x.shape[1:]).index_select(0, slots)  # like x again
+            attended = attended.view_as(table)[row, column]  # like x again
         return self.output(attended, x)
 
 
@@ -279,12 +276,11 @@ class LoopITR(nn.Module):
         image_index[p] with text text_index[p]. Pairs may come in any order, at least one."""
         image_tokens = image_tokens.float()  # evaluation keeps tokens in half precision
         # Not [text_index], whose backward pass adds up in another order each time, on a CPU.
-        text, mask = text_tokens.index_select(0, text_index).float(), attention_mask[text_index]
+        text = text_tokens.index_select(0, text_index).float()
+        mask = attention_mask[text_index].bool()[:, None, None]  # the same for all heads, queries
         # In the table of `Attention`, row is the image, column how many earlier pairs have it, too.
-        of_image = F.one_hot(image_index, len(image_tokens))  # (P,I)
-        column = (of_image.cumsum(0) * of_image).sum(1) - 1
-        longest = int(column.max()) + 1
-        places = (image_index * longest + column, longest)
+        column = (image_index[:, None] == image_index).tril(-1).sum(1)
+        places = (image_index, column, int(column.max()) + 1)
         with self.autocast():
             for layer in self.cross_encoder:
                 # The match head reads only [CLS], so the last layer computes only [CLS].
