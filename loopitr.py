@@ -210,9 +210,6 @@ class LoopITR(nn.Module):
         layers = text_encoder.encoder.layer
         if not 0 < text_layers < len(layers):
             raise InputError(f"{text_layers} of {len(layers)} layers cannot be the text encoder's")
-        has_cls = any(name.endswith("cls_token") for name, _ in image_encoder.named_parameters())
-        if not has_cls or hasattr(image_encoder.config, "mask_ratio"):  # ViTMAE hides most patches
-            raise InputError(f"{type(image_encoder).__name__} has no [CLS] that sees all the image")
         text_encoder.encoder.layer = layers[:text_layers]
         image_encoder.pooler = text_encoder.pooler = None  # [CLS] is projected as it is
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
@@ -825,7 +822,9 @@ def build_model(image_model, text_model, image_size, checkpoint=None, scratch=Fa
             model.load_state_dict(checkpoint["model"])
         elif checkpoint:
             load_albef(model, checkpoint["model"])
-        model.encode_image(torch.zeros(1, 3, image_size, image_size))  # does it take this size?
+        tokens, _ = model.encode_image(torch.zeros(1, 3, image_size, image_size))
+        if tokens.shape[1] <= (image_size // model.image_encoder.config.patch_size) ** 2:
+            raise InputError(f"{image_model} gives no [CLS] beside a token for each patch")
         tokenizer = AutoTokenizer.from_pretrained(text_model)
         if tokenizer.tokenize("a") == [tokenizer.unk_token]:
             raise InputError(f"{text_model} has no vocabulary: every word is an unknown one")
