@@ -202,14 +202,12 @@ class CrossLayer(GradientCheckpointingLayer):
 class LoopITR(nn.Module):
     """The shared network: a transformers vision model, [CLS] first, and a BertModel, whose layers
     from `text_layers` on become the cross encoder (ALBEF). bf16: mixed precision; None means yes,
-    except on a CPU. InputError when an encoder would have no layer, or a model does not fit."""
+    except on a CPU. InputError when the text model is not like BERT."""
 
     def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, bf16=None):
         super().__init__()
         bert, image_width = text_encoder.config, image_encoder.config.hidden_size
         layers = text_encoder.encoder.layer
-        if not 0 < text_layers < len(layers):
-            raise InputError(f"{text_layers} of {len(layers)} layers cannot be the text encoder's")
         text_encoder.encoder.layer = layers[:text_layers]
         image_encoder.pooler = text_encoder.pooler = None  # [CLS] is projected as it is
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
