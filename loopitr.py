@@ -573,7 +573,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     best_texts = dual_scores >= dual_scores.topk(min(k, dual_scores.shape[1]), 1).values[:, -1:]
     best_images = dual_scores >= dual_scores.topk(min(k, dual_scores.shape[0]), 0).values[-1:]
     shortlisted = best_texts | best_images  # a pair that is in both is computed once
-    match_logits = torch.zeros_like(dual_scores, dtype=torch.float32)
+    scores = dual_weight * dual_scores  # the match logits are added below
     # Captions have about 15 tokens; padded to 30 they would take twice the time. So texts of like
     # length go together, trimmed to the longest of them.
     length = attention_mask.sum(1)
@@ -584,13 +584,12 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
         for part in tqdm(passes, "re-ranking", leave=False, disable=None):
             image_index, text_index = part[:, 0], texts[part[:, 1]]
             first, last = int(image_index[0]), int(image_index[-1])
-            match_logits[image_index, text_index] = model.match(
-                image_tokens[first:last + 1].to(model.device), text_tokens[:, :longest],
+            scores[image_index, text_index] += model.match(
+                image_tokens[first:last + 1].to(scores.device), text_tokens[:, :longest],
                 attention_mask[:, :longest], image_index - first, text_index)
     # In double precision, since shifting the dual scores could make some of them equal in single.
-    scores = (match_logits + dual_weight * dual_scores).cpu().double()
-    dual_scores, lowest = dual_scores.cpu().double(), scores[shortlisted.cpu()].min()
-    below = dual_scores - dual_scores.max() + lowest - 1  # under all that is re-ranked
+    scores, dual_scores = scores.cpu().double(), dual_scores.cpu().double()
+    below = dual_scores - dual_scores.max() + scores[shortlisted.cpu()].min() - 1
     return (torch.where(best_texts.cpu(), scores, below),
             torch.where(best_images.cpu(), scores, below))
 
