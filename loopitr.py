@@ -101,11 +101,10 @@ def image_transform(size, augment=False):
     """PIL image -> tensor (3,size,size). Mean, standard deviation and augmentation are ALBEF's, but
     for the strength of RandAugment, which torchvision scales in its own way."""
     bicubic = InterpolationMode.BICUBIC
+    steps = [v2.Resize((size, size), bicubic)]
     if augment:
         steps = [v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
                  v2.RandomHorizontalFlip(), RandAugment(num_ops=2, magnitude=7)]
-    else:
-        steps = [v2.Resize((size, size), interpolation=bicubic)]
     return v2.Compose([*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
                        v2.Normalize((0.48145466, 0.4578275, 0.40821073),
                                     (0.26862954, 0.26130258, 0.27577711))])
