@@ -407,13 +407,12 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
 def make_optimizer(model, lr, new_lr):
     """AdamW; weight decay 0.02, none for biases and norms (ALBEF). Layers without pre-trained
     weights, and the temperature, learn at the peak rate new_lr, all others at lr (ours)."""
-    groups = {}  # (peak rate, decay) -> parameters
+    groups = []
     for name, parameter in model.named_parameters():
         new = re.search("crossattention|_projection|match_head|temperature", name)
-        key = (new_lr if new else lr, 0.02 if parameter.ndim > 1 else 0.0)
-        groups.setdefault(key, []).append(parameter)
-    return torch.optim.AdamW([dict(params=parameters, peak=peak, weight_decay=decay)
-                              for (peak, decay), parameters in groups.items()], fused=True)
+        groups.append(dict(params=[parameter], peak=new_lr if new else lr,
+                           weight_decay=0.02 if parameter.ndim > 1 else 0.0))
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def train(model, tokenizer, splits, args, checkpoint=None):
