@@ -200,10 +200,10 @@ class CrossLayer(GradientCheckpointingLayer):
 
 class LoopITR(nn.Module):
     """The shared network: a transformers vision model, [CLS] first, and a BertModel, whose layers
-    from `text_layers` on become the cross encoder (ALBEF). bf16: mixed precision; None means yes,
-    except on a CPU. InputError when the text model is not like BERT."""
+    from `text_layers` on become the cross encoder (ALBEF). bf16: mixed precision. InputError when
+    the text model is not like BERT."""
 
-    def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, bf16=None):
+    def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, bf16=False):
         super().__init__()
         bert, image_width = text_encoder.config, image_encoder.config.hidden_size
         layers = text_encoder.encoder.layer
@@ -236,8 +236,7 @@ class LoopITR(nn.Module):
 
     def autocast(self):
         """bf16 in the encoders alone: scores rounded to bf16 would tie by the dozen."""
-        enabled = self.device.type != "cpu" if self.bf16 is None else self.bf16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def recompute_activations(self):
         """Of each layer, keep only the input for the backward pass, and compute the rest again."""
@@ -812,6 +811,7 @@ def build_model(image_model, text_model, image_size, checkpoint=None, scratch=Fa
                 if any("pooler" not in key for key in report["missing_keys"]):
                     raise InputError(f"{name} has no weights for {report['missing_keys']}")
         half = backbones[1].config.num_hidden_layers // 2
+        bf16 = device != "cpu" if bf16 is None else bf16
         model = LoopITR(*backbones, half, bf16=bf16).float()
         if ours:
             model.load_state_dict(checkpoint["model"])
