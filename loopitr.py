@@ -279,8 +279,7 @@ class LoopITR(nn.Module):
                 # The match head reads only [CLS], so the last layer computes only [CLS].
                 x = text[:, :1] if layer is self.cross_encoder[-1] else text
                 text = layer(x, text, mask, image_tokens, places)
-        with torch.autocast(self.device.type, enabled=False):  # not in a caller's bf16, either
-            return self.match_head(text[:, 0].float()).squeeze(1)
+        return self.match_head(text[:, 0].float()).squeeze(1)
 
 
 # ----------------------------------------------------------------------------------- Hard negatives
