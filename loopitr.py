@@ -150,10 +150,9 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.self = nn.ModuleDict({
-            "query": nn.Linear(width, width),
-            "key": nn.Linear(source_width, width),
-            "value": nn.Linear(source_width, width)})
+        self.self = nn.ModuleDict({"query": nn.Linear(width, width),
+                                   "key": nn.Linear(source_width, width),
+                                   "value": nn.Linear(source_width, width)})
         self.output = BertSelfOutput(config)
 
     def forward(self, x, source, mask=None, places=None):
@@ -284,24 +283,23 @@ class LoopITR(nn.Module):
 
 # ----------------------------------------------------------------------------------- Hard negatives
 
+@torch.no_grad()
 def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="softmax"):
     """For each query, choose num_negatives different candidates that are not positives.
 
     similarity (Q,C): dual logits; is_positive (Q,C): bool -> indices (Q,m), without gradient.
     strategy: "softmax" draws without replacement from the softmax over the negatives (ALBEF),
-    "topk" takes the hardest, "random" any; KeyError for others. When a query has too few negatives
-    (one image in the batch: none), all queries get fewer, and none ever gets a positive."""
-    with torch.no_grad():
-        # Gumbel noise is minus the log of an exponential variable. The m largest of logits plus
-        # Gumbel noise are an exact draw of m without replacement from the softmax of the logits.
-        # ALBEF's torch.multinomial needs probabilities, which underflow at low temperatures.
-        noise = -torch.empty_like(similarity, dtype=torch.float32).exponential_().log()
-        scores = {"softmax": similarity + noise, "topk": similarity, "random": noise}[strategy]
-        # Masked before the draw: ALBEF sets the positives to zero after the softmax, which can
-        # leave a row without any weight to draw by.
-        scores = scores.masked_fill(is_positive, -torch.inf)
-        fewest = int((~is_positive).sum(1).min())
-        return scores.topk(min(num_negatives, fewest), dim=1).indices
+    "topk" takes the hardest, "random" any. When a query has too few negatives (one image in the
+    batch: none), all queries get fewer, and none ever gets a positive."""
+    # Gumbel noise is minus the log of an exponential variable. The m largest of logits plus Gumbel
+    # noise are an exact draw of m without replacement from the softmax of the logits. ALBEF's
+    # torch.multinomial needs probabilities, which underflow at low temperatures.
+    noise = -torch.empty_like(similarity, dtype=torch.float32).exponential_().log()
+    scores = {"softmax": similarity + noise, "topk": similarity, "random": noise}[strategy]
+    # Masked before the draw: zeroed after the softmax (ALBEF), they can leave nothing to draw by.
+    scores = scores.masked_fill(is_positive, -torch.inf)
+    fewest = int((~is_positive).sum(1).min())
+    return scores.topk(min(num_negatives, fewest), dim=1).indices
 
 
 # ------------------------------------------------------------------------------------------- Losses
