@@ -543,12 +543,9 @@ def encode_texts(model, tokenizer, captions):
     """-> tokens (T,L,D) in half precision, attention mask (T,L), embeddings (T,E)"""
     model.eval()
     input_ids, mask = (part.to(model.device) for part in tokenize(tokenizer, captions))
-    tokens, embeddings = [], []
-    for ids_part, mask_part in zip(input_ids.split(256), mask.split(256)):
-        part, embedding = model.encode_text(ids_part, mask_part)
-        tokens.append(part.half())
-        embeddings.append(embedding)
-    return torch.cat(tokens), mask, torch.cat(embeddings)
+    parts = map(model.encode_text, input_ids.split(256), mask.split(256))
+    tokens, embeddings = zip(*parts)
+    return torch.cat([part.half() for part in tokens]), mask, torch.cat(embeddings)
 
 
 @torch.no_grad()
