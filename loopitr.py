@@ -504,8 +504,7 @@ def recall_at_k(image_to_text, image_of_text, ks=(1, 5, 10), text_to_image=None)
 
     image_to_text (I,T): scores; text_to_image (I,T), if the other direction has its own;
     image_of_text (T,): the image that each text belongs to -> dict. A wrong candidate counts as
-    ahead if its score equals the best right one's, or is NaN, so that a constant scorer gets 0 (as
-    long as there are k wrong ones). Images without captions are no queries."""
+    ahead if its score equals the best right one's, or is NaN, so that a constant scorer gets 0."""
     text_to_image = image_to_text if text_to_image is None else text_to_image
     images = torch.arange(len(image_to_text), device=image_to_text.device)
     is_right = image_of_text.to(images.device) == images[:, None]  # (I,T)
@@ -514,7 +513,7 @@ def recall_at_k(image_to_text, image_of_text, ks=(1, 5, 10), text_to_image=None)
                                 ("IR", text_to_image.T, is_right.T)):
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         ahead = (~(scores < best) & ~right).sum(1)  # "not less" counts ties and NaN, too
-        ahead = ahead[right.any(1)]
+        ahead = ahead[right.any(1)]  # an image without captions is no query
         for k in ks:
             result[f"{name}@{k}"] = 100 * (ahead < k).float().mean().item()
     return result | {"rsum": sum(result.values())}
