@@ -296,7 +296,7 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
     # torch.multinomial needs probabilities, which underflow at low temperatures.
     noise = -torch.empty_like(similarity, dtype=torch.float32).exponential_().log()
     scores = {"softmax": similarity + noise, "topk": similarity, "random": noise}[strategy]
-    # Masked before the draw: zeroed after the softmax (ALBEF), they can leave nothing to draw by.
+    # Before the softmax, since positives that are zeroed after it (ALBEF) can leave a row of zeros.
     scores = scores.masked_fill(is_positive, -torch.inf)
     fewest = int((~is_positive).sum(1).min())
     return scores.topk(min(num_negatives, fewest), dim=1).indices
@@ -563,7 +563,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     best_texts = dual_scores >= dual_scores.topk(min(k, dual_scores.shape[1]), 1).values[:, -1:]
     best_images = dual_scores >= dual_scores.topk(min(k, dual_scores.shape[0]), 0).values[-1:]
     shortlisted = best_texts | best_images  # a pair that is in both is computed once
-    scores = dual_weight * dual_scores  # the match logits are added below
+    scores = dual_weight * dual_scores  # the match logits of the shortlisted will be added
     # Captions have about 15 tokens; padded to 30 they would take twice the time. So texts of like
     # length go together, trimmed to the longest of them.
     length = attention_mask.sum(1)
@@ -577,7 +577,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
             scores[image_index, text_index] += model.match(
                 image_tokens[first:last + 1].to(scores.device), text_tokens[:, :longest],
                 attention_mask[:, :longest], image_index - first, text_index)
-    # In double precision, since shifting the dual scores could make some of them equal in single.
+    # All others go below; in double precision, since in single the shift could make some equal.
     scores, dual_scores = scores.cpu().double(), dual_scores.cpu().double()
     below = dual_scores - dual_scores.max() + scores[shortlisted.cpu()].min() - 1
     return (torch.where(best_texts.cpu(), scores, below),
