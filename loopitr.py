@@ -521,8 +521,7 @@ def recall_at_k(image_to_text, image_of_text, ks=(1, 5, 10), text_to_image=None)
 
 @torch.no_grad()
 def encode_images(model, paths, image_size, workers=0, keep_tokens=True):
-    """-> tokens (I,N,D) in half precision in host memory, or None; embeddings (I,E). The tokens of
-    COCO's 5,000 test images at 384 px take 5000 * 577 * 768 * 2 bytes = 4.1 GiB."""
+    """-> tokens (I,N,D), half precision, on the host (COCO: 4.1 GiB), or None; embeddings (I,E)"""
     model.eval()
     load = partial(load_images, transform=image_transform(image_size))
     loader = DataLoader(paths, 64, num_workers=workers, collate_fn=load)
