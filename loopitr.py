@@ -1064,8 +1064,7 @@ def input_errors(problem):
     try:
         yield
     except Exception as error:  # damaged and foreign files raise many kinds
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{problem}: {type(error).__name__}: {reason}") from error
+        raise InputError(f"{problem}: {type(error).__name__}: {error}") from error
 
 
 def main(argv=None):
@@ -1099,9 +1098,9 @@ def main(argv=None):
             dist.destroy_process_group()  # left to the interpreter's exit, it may abort
         return 0
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        # From a loader's process comes a traceback, whose last line is "InputError: message".
-        message = (str(error).strip() or repr(error)).splitlines()[-1]
-        print("loopitr:", message.rpartition("InputError: ")[2], file=sys.stderr)
+        message = " ".join((str(error) or repr(error)).split())
+        # From a loader's process comes a traceback, which ends with "InputError: message".
+        print("loopitr:", message.rpartition("InputError: ")[2][:500], file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("loopitr: stopped; repeat the command to go on", file=sys.stderr)
