@@ -962,8 +962,8 @@ def argument_parser():
         description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog=f"Other defaults: {PRESETS}; and with a checkpoint as --init: {TRAINED_START}")
-    positive, whole = number(int, 1), number(int, 0)
-    share, weight = number(float, 0, 1), number(float, 0)
+    positive, whole = between(1, kind=int), between(0, kind=int)
+    share, weight = between(0, 1), between(0)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--train", action="store_true", help="train, or resume, then test the best epoch")
     add("--evaluate", action="store_true", help="test --checkpoint")
@@ -988,7 +988,7 @@ def argument_parser():
     add("--distill", choices=("none", "kl", "mse", "margin", "label"), default="mse",
         help="objective; label is a control without a teacher")
     add("--distill-weight", type=weight, default=0.05, help="in the total loss; 1 suits kl, label")
-    add("--distill-temperature", type=number(float, 0.001), default=0.5, help="of teacher; kl: 1")
+    add("--distill-temperature", type=between(0.001), default=0.5, help="of teacher; 1 suits kl")
     add("--distill-from", type=share, default=0.4, help="share of training before distillation")
     add("--matching-weight", type=weight, default=1.0, help="in the total loss")
     add("--epochs", type=positive, default=10, help="passes over all captions")
@@ -1003,15 +1003,13 @@ def argument_parser():
     return parser
 
 
-def number(kind, low, high=1e9):
-    """Type of an option: a number from low to high, so neither NaN nor infinity."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-    parse.__name__ = f"{kind.__name__} from {low} to {high:g}"  # shown by argparse in its error
-    return parse
+def between(low, high=1e9, kind=float):
+    """-> type of an option: a number from low to high, so neither NaN nor infinity."""
+    def number(text):  # argparse shows this name: "invalid number value: 'few'"
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
+        return kind(text)
+    return number
 
 
 def parse_arguments(argv):
