@@ -959,8 +959,7 @@ def draw_retrieval(path, images, texts, image_of_text, dual_logits, scores, coun
 def argument_parser():
     """All options with their defaults."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], usage=argparse.SUPPRESS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog=f"Other defaults: {PRESETS}; and with a checkpoint as --init: {TRAINED_START}")
     positive, whole = between(1, kind=int), between(0, kind=int)
     share, weight = between(0, 1), between(0)
