@@ -673,7 +673,7 @@ def load_splits(args):
     if name in CAPTIONS:
         files = [fetch(f"{CAPTIONS[name]}_{split}.json", args.images) for split in needed]
         files += args.data[1:]
-    if args.search and files == [args.images]:  # photos without captions
+    if args.search and os.path.isdir(files[0]):  # photos without captions
         paths = sorted(path for path in Path(name).rglob("*") if is_image_file(path.name))
         splits = {"test": {str(path): [] for path in paths if path.is_file()}}
     else:
@@ -966,7 +966,7 @@ def argument_parser():
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--train", action="store_true", help="train, or resume, then test the best epoch")
     add("--evaluate", action="store_true", help="test --checkpoint")
-    add("--search", metavar="WORDS", help="find images in the test split or in the folder --images")
+    add("--search", metavar="WORDS", help="find images in the test split, or in the folder --data")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--checkpoint", help="to evaluate or search with; runs/DATA/best.pt if not given")
     add("--output", help="folder to write to; if not given, runs/DATA for training, else none")
@@ -1036,8 +1036,6 @@ def parse_arguments(argv):
         parser.set_defaults(**checkpoint.get("options", {}))  # ALBEF's has none
         if args.data:
             parser.set_defaults(images=images)  # the run's --images does not hold for these
-        elif args.search and args.images:
-            parser.set_defaults(data=[args.images])
     args = parser.parse_args(argv)
     args.data = [name if name in PRESETS else os.path.abspath(name) for name in args.data]
     others = ("train", "evaluate", "search", "checkpoint", "output", "workers", "device")

@@ -1025,7 +1025,7 @@ def test_search_in_a_folder_of_photos(here, trained, tmp_path, capsys):
     (tmp_path / "photos" / "folder.jpg").mkdir()
     for rerank, count in (("16", 3), ("2", 2)):
         assert loopitr.main(["--search", "a ring", "--checkpoint", str(trained[0] / "best.pt"),
-                             "--images", str(tmp_path / "photos"), "--rerank", rerank,
+                             "--data", str(tmp_path / "photos"), "--rerank", rerank,
                              "--output", str(tmp_path / "out")]) == 0
         lines = capsys.readouterr().out.splitlines()[1:-1]
         assert len(lines) == count and all("photos" in line for line in lines)
