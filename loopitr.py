@@ -71,13 +71,13 @@ from transformers.trainer_pt_utils import torch_distributed_zero_first
 # What --data toy, flickr30k and coco use instead of the defaults, which stand in `argument_parser`.
 PRESETS = {
     "toy": dict(
-        image_model="data/toy/image-model", text_model="data/toy/text-model",
+        images="data/toy", image_model="data/toy/image-model", text_model="data/toy/text-model",
         init="scratch",  # `make_toy_dataset` writes configurations of small backbones, no weights
         image_size=48, epochs=1, batch_size=64, lr=1e-3, new_lr=1e-3, workers=0,
         augment=False,  # a flipped scene has its left on the right
         random_first=0.0),  # on scenes this small, hard negatives work from the start
-    "flickr30k": dict(init="albef", negatives=4, epochs=10, grad_checkpointing=True),
-    "coco": dict(init="albef", negatives=4, epochs=5, grad_checkpointing=True)}
+    "flickr30k": dict(images="data/flickr30k", init="albef", negatives=4, grad_checkpointing=True),
+    "coco": dict(images="data/coco", init="albef", negatives=4, grad_checkpointing=True, epochs=5)}
 
 # What changes when --init names a checkpoint, in which all parts are trained: nothing has to wait,
 # and one learning rate suits them all, as in ALBEF.
@@ -1020,9 +1020,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     data = args.data or ["toy"]
     preset, run = PRESETS.get(data[0], {}), f"runs/{Path(data[0]).stem}"
-    images = os.path.abspath(f"data/{data[0]}") if preset else None
     last = Path(args.output or run, "last.pt")
-    parser.set_defaults(data=data, images=images, **preset)
+    parser.set_defaults(data=data, **preset)
     if args.train:
         parser.set_defaults(output=run)
         init = parser.parse_args(argv).init
@@ -1035,7 +1034,7 @@ def parse_arguments(argv):
         checkpoint = load_checkpoint(args.checkpoint or f"{run}/best.pt")
         parser.set_defaults(**checkpoint.get("options", {}))  # ALBEF's has none
         if args.data:
-            parser.set_defaults(images=images)  # the run's --images does not hold for these
+            parser.set_defaults(images=preset.get("images"))  # not those of the run
     args = parser.parse_args(argv)
     args.data = [name if name in PRESETS else os.path.abspath(name) for name in args.data]
     others = ("train", "evaluate", "search", "checkpoint", "output", "workers", "device")
