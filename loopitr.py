@@ -429,8 +429,8 @@ def train(model, tokenizer, splits, args, checkpoint=None):
     loader = DataLoader(pairs, share, sampler=sampler, num_workers=args.workers, drop_last=True,
                         collate_fn=collate, pin_memory=args.device == "cuda")
     optimizer = make_optimizer(model, args.lr, args.new_lr)
-    # Finished epochs: a run that was stopped in validation has trained one more than it validated.
-    state = {"trained": 0, "validated": 0, "best": -1.0}  # best: rsum on val
+    # Even phases train an epoch, odd ones validate it, so a validation can be repeated alone.
+    state = {"phase": 0, "best": -1.0}  # best: rsum on val
     if Path(args.output, "last.pt").exists():
         with input_errors(f"{args.output}/last.pt is damaged"):
             optimizer.load_state_dict(checkpoint["optimizer"])
@@ -443,22 +443,21 @@ def train(model, tokenizer, splits, args, checkpoint=None):
     parallel = model
     if processes > 1:  # some parameters may get no gradient, such as DINOv2's mask token
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    for epoch in range(state["validated"], args.epochs):
-        if state["trained"] == epoch:
+    for phase in range(state["phase"], 2 * args.epochs):
+        epoch = phase // 2
+        if phase % 2 == 0:
             # All that is random in an epoch follows from these two seeds, whatever happened before.
             sampler.set_epoch(epoch)
             torch.manual_seed(1_000_000 * args.seed + 1_000 * epoch + args.rank)
             train_epoch(parallel, loader, optimizer, epoch, args)
-            state["trained"] += 1
-            save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
-        if args.rank == 0:  # the others wait in their next `gather`
+        elif args.rank == 0:  # the others wait in their next `gather`
             result = evaluate(model, tokenizer, splits["val"], args, "val", epoch)
             # An untrained cross encoder has no say.
             rsum = result["cross" if args.matching_weight else "dual"]["rsum"]
             if rsum > state["best"]:
                 state["best"] = rsum
                 save(args, "best.pt", model)
-        state["validated"] += 1
+        state["phase"] += 1
         save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
 
 

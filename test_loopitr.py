@@ -778,8 +778,8 @@ def test_the_same_command_goes_on_as_if_never_interrupted(here, trained, tmp_pat
         with monkeypatch.context() as patch:
             patch.setattr(loopitr, name, stop)
             assert loopitr.main(command(tmp_path / name)) == 130
-        trained_epochs = torch.load(tmp_path / name / "last.pt")["state"]["trained"]
-        assert trained_epochs == (1 if name == "loop_losses" else 2)
+        phase = torch.load(tmp_path / name / "last.pt")["state"]["phase"]
+        assert phase == (2 if name == "loop_losses" else 3)  # 3: only to be validated
         assert loopitr.main(command(tmp_path / name)) == 0
         assert same(tmp_path / name, trained[0])
 
@@ -1117,7 +1117,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(here, t
     monkeypatch.setattr(loopitr, "loop_losses", poisoned)
     fails(capsys, command(tmp_path), "nan", "not finite", "step 8")
     kept = torch.load(tmp_path / "last.pt")
-    assert kept["state"]["trained"] == 1
+    assert kept["state"]["phase"] == 2
     assert all(tensor.isfinite().all() for tensor in kept["model"].values())
 
 
@@ -1371,7 +1371,7 @@ def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays_whole(here, tr
     """The limit on the size of a file makes writes fail as a full disk does."""
     shutil.copytree(trained[0], tmp_path / "run")
     content = torch.load(tmp_path / "run" / "last.pt")
-    content["state"]["trained"] = content["state"]["validated"] = 1
+    content["state"]["phase"] = 2  # one of two epochs
     torch.save(content, tmp_path / "run" / "last.pt")
     before = (tmp_path / "run" / "last.pt").read_bytes()
 
