@@ -412,9 +412,9 @@ def make_optimizer(model, lr, new_lr):
 
 
 def train(model, tokenizer, splits, args, checkpoint=None):
-    """Train, and keep two checkpoints in --output: best.pt is the best epoch on val, last.pt the
-    one to go on from. checkpoint: content of last.pt, if there is one. InputError when the batch
-    size does not fit, or a gradient is not finite."""
+    """Train, and keep two checkpoints in --output: best.pt is the best epoch on val, with which the
+    model ends, last.pt the one to go on from. checkpoint: content of last.pt, if there is one.
+    InputError when the batch size does not fit, or a gradient is not finite."""
     pairs = []  # (image number, path, caption)
     for number, (path, captions) in enumerate(splits["train"].items()):
         pairs += [(number, path, caption) for caption in captions]
@@ -459,13 +459,14 @@ def train(model, tokenizer, splits, args, checkpoint=None):
                 save(args, "best.pt", model)
         state["phase"] += 1
         save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
+    if args.rank == 0:
+        model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
 
 
 def train_epoch(model, loader, optimizer, epoch, args):
     """One pass over all captions."""
     model.train()
-    hidden = args.rank > 0 or None  # None: hidden where there is no terminal
-    bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=hidden)
+    bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=args.rank > 0 or None)
     for step, batch in enumerate(bar, start=epoch * len(loader)):
         progress = step / (args.epochs * len(loader))
         # Linear warm-up of 100 steps (ours), then a cosine to a tenth (ALBEF).
@@ -1078,13 +1079,11 @@ def main(argv=None):
                 args.init == "scratch", args.bf16, args.device)
             splits = load_splits(args)
         os.makedirs(args.output or ".", exist_ok=True)
-        if args.search:
-            search(model, tokenizer, list(splits["test"]), args)
         if args.train:
             train(model, tokenizer, splits, args, checkpoint)
-        if args.rank == 0 and not args.search:
-            if args.train:
-                model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
+        if args.search:
+            search(model, tokenizer, list(splits["test"]), args)
+        elif args.rank == 0:
             evaluate(model, tokenizer, splits["test"], args)
         sys.stdout.flush()  # a closed pipe fails here, inside `try`
         if dist.is_initialized():
