@@ -56,7 +56,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, DistributedSampler
@@ -939,11 +939,10 @@ def draw_retrieval(path, images, texts, image_of_text, dual_logits, scores, coun
     shown = [0] if len(texts) == 1 else changed[::max(1, len(changed) // count)][:count]
     step = side + 8
     canvas = Image.new("RGB", (10 * step + 40, 32 + len(shown) * (step + 30)), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
-    draw.text((8, 6), "dual encoder's top images", "black", font)
-    draw.text((5 * step + 32, 6), "after re-ranking by the cross encoder", "black", font)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((8, 6), "left: by the dual encoder; right: re-ranked", "black", font_size=16)
     for y, t in zip(range(32, canvas.height, step + 30), shown):
-        draw.text((8, y), texts[t], "black", font)
+        draw.text((8, y), texts[t], "black", font_size=16)
         for x, matrix in ((4, dual_logits), (5 * step + 28, scores)):
             for i in matrix[:, t].argsort(descending=True, stable=True)[:5].tolist():
                 image = read_image(images[i]).resize((side, side))
