@@ -586,7 +586,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
 @torch.no_grad()
 def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     """Print recall@K of the dual encoder, and of the cross encoder re-ranking the dual's top
-    --rerank, whose seconds include the dual's; with --output, log it, and draw examples of test.
+    --rerank, whose seconds include the dual's; with --output, log it, and draw examples.
 
     captions_of: {image path: captions} -> {"dual": {"TR@1", .., "seconds"}, "cross": {..}}"""
     paths, captions, image_of_text = list(captions_of), [], []
@@ -611,9 +611,8 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
         print(f"{name + ' encoder':13}" + "".join(f"{v:8.1f}" for v in values.values()))
     if args.output:
         write_log(args, split=split, epoch=epoch, images=len(paths), k=args.rerank, **result)
-        if split == "test":
-            draw_retrieval(f"{args.output}/retrieval.png", paths, captions, image_of_text,
-                           dual_logits, text_to_image)
+        draw_retrieval(f"{args.output}/retrieval.png", paths, captions, image_of_text, dual_logits,
+                       text_to_image)
     return result
 
 

@@ -1220,7 +1220,7 @@ def test_training_and_evaluation_have_their_modes_and_transforms(here, tmp_path,
     monkeypatch.setattr(loopitr, "draw_retrieval", lambda path, records, *rest: (
         drawn.append(len(records)) or draw(path, records, *rest)))
     assert loopitr.main(command(tmp_path, "--augment", "--epochs", 1)) == 0
-    assert drawn == [12]  # examples of the test split, not of val
+    assert drawn == [8, 12]  # examples of val, replaced by those of the test split
     assert seen - {("encode_image", True, True)} == {  # that one is the try of build_model, too
         (name, mode, mode) for name in ("encode_text", "match") for mode in (True, False)} | {
         ("encode_image", False, False)}
