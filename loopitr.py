@@ -418,12 +418,11 @@ def train(model, tokenizer, splits, args, checkpoint=None):
     pairs = []  # (image number, path, caption)
     for number, (path, captions) in enumerate(splits["train"].items()):
         pairs += [(number, path, caption) for caption in captions]
-    processes = args.processes
-    share = args.batch_size // processes
-    if args.batch_size % processes or not args.negatives < share <= len(pairs) // processes:
-        raise InputError(f"--batch-size {args.batch_size} must give {processes} process(es) equal "
-                         f"shares of {len(pairs)} captions, more than --negatives {args.negatives}")
-    sampler = DistributedSampler(pairs, processes, args.rank, seed=args.seed)  # also shuffles
+    share, rest = divmod(args.batch_size, args.processes)
+    if rest or not args.negatives < share <= len(pairs) // args.processes:
+        raise InputError(f"--batch-size {args.batch_size} of {len(pairs)} captions must give each "
+                         f"process an equal share, more than --negatives {args.negatives}")
+    sampler = DistributedSampler(pairs, args.processes, args.rank, seed=args.seed)  # also shuffles
     transform = image_transform(args.image_size, args.augment)
     collate = partial(make_batch, transform=transform, tokenizer=tokenizer)  # reads the images
     loader = DataLoader(pairs, share, sampler=sampler, num_workers=args.workers, drop_last=True,
@@ -441,7 +440,7 @@ def train(model, tokenizer, splits, args, checkpoint=None):
     if args.grad_checkpointing:
         model.recompute_activations()
     parallel = model
-    if processes > 1:  # some parameters may get no gradient, such as DINOv2's mask token
+    if args.processes > 1:  # some parameters may get no gradient, such as DINOv2's mask token
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     for phase in range(state["phase"], 2 * args.epochs):
         epoch = phase // 2
