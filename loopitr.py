@@ -604,7 +604,7 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     cross = recall_at_k(image_to_text, image_of_text, text_to_image=text_to_image)
     cross["seconds"] = time.perf_counter() - start
     result = {"dual": dual, "cross": cross}
-    print(f"{split}: {len(paths)} images, {len(captions)} texts, top {args.rerank} of each re-ranked")
+    print(f"{split}: {len(paths)} images, {len(captions)} texts; re-ranked: own top {args.rerank}")
     print(" " * 13 + "".join(f"{name:>8}" for name in dual))
     for name, values in result.items():
         print(f"{name + ' encoder':13}" + "".join(f"{v:8.1f}" for v in values.values()))
