@@ -925,8 +925,7 @@ def search(model, tokenizer, paths, args):
     print("   score     dual")
     for i in scores[:, 0].argsort(descending=True, stable=True).tolist():
         print(f"{scores[i].item():8.2f} {dual[i].item():8.2f}  {paths[i]}")
-    picture = Path(args.output or ".", "search.png")
-    draw_retrieval(picture, paths, [args.search], [None], dual, scores)
+    draw_retrieval(f"{args.output or '.'}/search.png", paths, [args.search], [None], dual, scores)
 
 
 def draw_retrieval(path, images, texts, image_of_text, dual_logits, scores, count=6, side=96):
@@ -1017,9 +1016,8 @@ def parse_arguments(argv):
     data = args.data or ["toy"]
     preset, run = PRESETS.get(data[0], {}), f"runs/{Path(data[0]).stem}"
     last = Path(args.output or run, "last.pt")
-    parser.set_defaults(data=data, **preset)
+    parser.set_defaults(data=data, output=run if args.train else None, **preset)
     if args.train:
-        parser.set_defaults(output=run)
         init = parser.parse_args(argv).init
         start = {"backbones": None, "scratch": None, "albef": "data/ALBEF_4M.pth"}.get(init, init)
         if start:
