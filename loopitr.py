@@ -623,10 +623,10 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
 ALBEF = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth"
 ROWS = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 CAPTIONS = {"flickr30k": f"{ROWS}/flickr30k", "coco": f"{ROWS}/coco_karpathy"}
-PHOTOS = [  # each unpacks to the folder of its name
-    "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/flickr30k-images.zip",
-    "http://images.cocodataset.org/zips/train2014.zip",
-    "http://images.cocodataset.org/zips/val2014.zip"]
+PHOTOS = {  # folder that the captions name -> site that has it as a zip
+    "flickr30k-images": "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main",
+    "train2014": "http://images.cocodataset.org/zips",
+    "val2014": "http://images.cocodataset.org/zips"}
 
 
 def load_captions(*paths, images=None):
@@ -677,14 +677,13 @@ def load_splits(args):
         splits = load_captions(*files, images=args.images)
     for split in needed:
         images = splits[split]
-        for url in PHOTOS:  # only what the captions name: to test on COCO, val2014 alone
-            if name in CAPTIONS and any(f"/{Path(url).stem}/" in image for image in images):
-                fetch(url, args.images)
+        if name in CAPTIONS:  # only what the captions name: to test on COCO, val2014 alone
+            for folder in PHOTOS.keys() & {Path(image).parent.name for image in images}:
+                fetch(f"{PHOTOS[folder]}/{folder}.zip", args.images)
         missing = [image for image in images if not os.path.isfile(image)]
         if missing or not images:
-            raise InputError(f"{split} split of {name}: of {len(images)} images {len(missing)} are "
-                             f"missing {missing[:1]}: --images names the folder that their paths "
-                             "start from; if they were downloaded, delete their folder")
+            raise InputError(f"{name}: {len(missing)} of {len(images)} {split} images are missing "
+                             f"{missing[:1]}: correct --images; if downloaded, delete their folder")
     return splits
 
 

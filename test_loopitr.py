@@ -1091,10 +1091,10 @@ def test_errors_of_captions_and_images(here, tmp_path, capsys):
     fails(capsys, [*train, "toy", "more.json"], "toy cannot be read as captions")
     path = toy_without(here, tmp_path, lambda images: [
         images.remove(entry) for entry in list(images) if entry["split"] == "val"])
-    fails(capsys, [*train, path], "val split of", "captions.json: of 0 images")
+    fails(capsys, [*train, path], "captions.json: 0 of 0 val images")
     path = toy_without(here, tmp_path, lambda images: [
         entry.update(filename=f"gone{n}") for n, entry in enumerate(images[:5])])
-    line = fails(capsys, [*train, path], "of 40 images 5 are missing", "gone0")
+    line = fails(capsys, [*train, path], "5 of 40 train images", "gone0")
     assert "gone1" not in line
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     path = toy_without(here, tmp_path, lambda images: images[3].update(
@@ -1466,8 +1466,7 @@ def server(monkeypatch):
     monkeypatch.setattr(loopitr, "CAPTIONS", {
         "flickr30k": f"{address}/flickr30k", "coco": f"{address}/coco_karpathy"})
     monkeypatch.setattr(loopitr, "ALBEF", f"{address}/ALBEF_4M.pth")
-    monkeypatch.setattr(loopitr, "PHOTOS", [
-        f"{address}/{url.rpartition('/')[2]}" for url in loopitr.PHOTOS])
+    monkeypatch.setattr(loopitr, "PHOTOS", dict.fromkeys(loopitr.PHOTOS, address))
     yield listener
     listener.shutdown()
 
@@ -1619,8 +1618,8 @@ def test_photos_that_are_missing_from_a_folder_name_it(server, tmp_path):
     offer_flickr30k(server)
     load("flickr30k", tmp_path)
     (tmp_path / "flickr30k" / "flickr30k-images" / "val.jpg").unlink()
-    with pytest.raises(loopitr.InputError, match="val split of flickr30k: of 1 images 1 are "
-                       "missing .*flickr30k-images/val.jpg.*delete their folder"):
+    with pytest.raises(loopitr.InputError, match="flickr30k: 1 of 1 val images are missing "
+                       ".*flickr30k-images/val.jpg.*delete their folder"):
         load("flickr30k", tmp_path)
 
 
