@@ -699,8 +699,7 @@ def fetch(url, folder):
         # The last byte that is there comes again, since a server refuses a range of no bytes.
         start = max(part.stat().st_size - 1, 0) if part.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
-        with (input_errors(f"{url} did not arrive: repeat the command to go on, or delete {part} "
-                           "to begin anew"),
+        with (input_errors(f"{url} did not arrive: repeat the command to go on, or delete {part}"),
               urllib.request.urlopen(request, timeout=60) as answer,
               open(part, "ab") as file,
               tqdm.wrapattr(answer, "read", desc=archive.name, total=answer.length) as source):
