@@ -635,7 +635,7 @@ def load_captions(*paths, images=None):
     Karpathy's  {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}, ...]}, ...]}
     ALBEF's     [{"image", "caption": string or list}, ...], one file per split, named after it
     images: the folder that image paths start from; that of the file, if not given. InputError for
-    other contents, for an image in two splits, and for one with a blank caption or none."""
+    other contents, and for an image in two splits."""
     splits = {"train": {}, "val": {}, "test": {}}
     split_of = {}  # image -> its split
     for path in map(Path, paths):
@@ -651,14 +651,12 @@ def load_captions(*paths, images=None):
                     (split,) = set(re.findall("(?<![a-z])(train|val|test)(?![a-z])", path.stem))
                     image, captions = row["image"], row["caption"]
                     captions = captions if isinstance(captions, list) else [captions]
-                captions = [caption.strip() for caption in captions]
-                if not captions or not all(captions):
-                    raise ValueError(f"{image} has a blank caption or none")
-                " ".join(captions).encode()  # fails for half a surrogate pair
                 image = str(Path(images or path.parent, image))
                 if split_of.setdefault(image, split) != split:
                     raise ValueError(f"{image} is in two splits, {split_of[image]} and {split}")
-                splits[split].setdefault(image, []).extend(captions)
+                known = splits[split].setdefault(image, [])
+                known += [caption.strip() for caption in captions]
+                " ".join(known).encode()  # fails for half a surrogate pair
     return splits
 
 
