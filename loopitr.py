@@ -639,8 +639,7 @@ def load_captions(*paths, images=None):
     splits = {"train": {}, "val": {}, "test": {}}
     split_of = {}  # image -> its split
     for path in map(Path, paths):
-        with input_errors(f"{path} cannot be read as captions in Karpathy's format, or in ALBEF's "
-                          "with train, val or test as a word of its name"):
+        with input_errors(f"{path} cannot be read as captions; ALBEF's form is named after a split"):
             content = json.loads(path.read_text(encoding="utf-8-sig"))
             for row in content["images"] if isinstance(content, dict) else content:
                 if "sentences" in row:
@@ -755,14 +754,13 @@ def draw_scene(rng):
     draw = ImageDraw.Draw(canvas)
     for cell in rng.sample(range(9), 3):
         size, colour, shape = rng.choice(list(radii)), rng.choice(colours), rng.choice([*shapes])
-        row, column = divmod(cell, 3)
-        x, y, r = 16 * column + 8, 16 * row + 8, radii[size]
+        x, y, r = 16 * (cell % 3) + 8, 16 * (cell // 3) + 8, radii[size]
         if shapes[shape]:
             draw.regular_polygon((x, y, r), *shapes[shape], fill=colour)
         else:
             inside = colour if shape == "circle" else None
             draw.ellipse((x - r, y - r, x + r - 1, y + r - 1), inside, outline=colour, width=2)
-        scene.append((f"a {size} {colour} {shape}", column, row))
+        scene.append((f"a {size} {colour} {shape}", x, y))
     for a, ax, ay in scene:
         for b, bx, by in scene:
             if ax < bx:

@@ -557,7 +557,7 @@ def test_a_file_of_another_form_is_named(tmp_path, name, content):
 
 @pytest.mark.parametrize("name", ["captions.json", "trainval.json", "train_and_val.json"])
 def test_a_file_of_rows_is_named_after_one_split(tmp_path, name):
-    with pytest.raises(loopitr.InputError, match=f"{name} .*test as a word of its name"):
+    with pytest.raises(loopitr.InputError, match=f"{name} .*is named after a split"):
         load_captions(write_json(tmp_path / name, [{"image": "a.jpg", "caption": "x"}]))
 
 
