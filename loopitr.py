@@ -816,9 +816,7 @@ def load_checkpoint(path):
         fetch(ALBEF, Path(path).parent)
     # Errors are suppressed, since torch's advice is to unpickle everything.
     with open(path, "rb") as file, suppress(Exception):
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        if "options" in content or "visual_encoder.pos_embed" in content["model"]:
-            return content | {"path": str(path)}
+        return torch.load(file, map_location="cpu", weights_only=True) | {"path": str(path)}
     raise InputError(f"{path} is damaged, or no checkpoint of loopitr.py or ALBEF")
 
 

@@ -1070,7 +1070,7 @@ def test_errors_of_the_command_line(here, tmp_path, capsys, trained):
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "text.pt"],
           "text.pt is damaged, or no checkpoint")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
-    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "foreign.pt"], "foreign.pt is damaged")
+    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "foreign.pt"], "cannot load", "foreign.pt")
     torch.save({"model": {"a": os.getcwd}, "options": {}}, tmp_path / "pickled.pt")
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "pickled.pt"], "pickled.pt is damaged")
 
