@@ -639,7 +639,7 @@ def load_captions(*paths, images=None):
     splits = {"train": {}, "val": {}, "test": {}}
     split_of = {}  # image -> its split
     for path in map(Path, paths):
-        with input_errors(f"{path} cannot be read as captions; ALBEF's form is named after a split"):
+        with input_errors(f"{path} cannot be read as captions; ALBEF's is named after its split"):
             content = json.loads(path.read_text(encoding="utf-8-sig"))
             for row in content["images"] if isinstance(content, dict) else content:
                 if "sentences" in row:
@@ -834,12 +834,10 @@ def load_albef(model, state):
         "norm.": "layernorm.", "norm1": "layernorm_before", "norm2": "layernorm_after",
         "attn.proj": "attention.output.dense", "attn.qkv": "attention.attention.qkv",
         "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
-    split, vit, rest = len(model.text_encoder.encoder.layer), {}, {}
+    layers, vit, rest = len(model.text_encoder.encoder.layer), {}, {}
     for i in range(len(model.cross_encoder)):
-        names[f"text_encoder.encoder.layer.{split + i}."] = f"cross_encoder.{i}."
+        names[f"text_encoder.encoder.layer.{layers + i}."] = f"cross_encoder.{i}."
     for name, tensor in state.items():
-        if re.search(r"_m\.|queue|\.cls\.|position_ids", name):
-            continue  # momentum copies, their queues, the language model's head
         tensors = vit if name.startswith("visual_encoder.") else rest
         for there, here in names.items():
             name = name.replace(there, here)
@@ -848,18 +846,19 @@ def load_albef(model, state):
         for part, tensor in zip(("query", "key", "value"), vit.pop(name).chunk(3)):
             vit[name.replace("qkv", part)] = tensor
     for name in ("match_head.weight", "match_head.bias"):
-        rest[name] = rest[name][1:] - rest[name][:1]  # class 1 is the match
+        rest[name] = rest[name].diff(dim=0)  # class 1, the match, minus class 0
     rest["log_temperature"] = rest["log_temperature"].log()
     config = model.image_encoder.config
     config.image_size = 16 * math.isqrt(vit["embeddings.position_embeddings"].shape[1] - 1)
     config.layer_norm_eps = 1e-6
     model.image_encoder, report = type(model.image_encoder).from_pretrained(
         None, config=config, state_dict=vit, output_loading_info=True)
-    if any("pooler" not in name for name in report["missing_keys"]):
-        raise ValueError("ALBEF's image encoder is a ViT-B/16")
     model.image_encoder.float().pooler = None
     rest |= {f"image_encoder.{name}": t for name, t in model.image_encoder.state_dict().items()}
-    model.load_state_dict(rest)
+    # Not strict: there are momentum copies, their queues and the language model's head, too.
+    missing = [*report["missing_keys"], *model.load_state_dict(rest, strict=False).missing_keys]
+    if any("pooler" not in name for name in missing):
+        raise ValueError(f"ALBEF's weights, of a ViT-B/16 and a BERT-base, lack {missing}")
 
 
 # ------------------------------------------------------------------- A run: its files and processes

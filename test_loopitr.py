@@ -557,7 +557,7 @@ def test_a_file_of_another_form_is_named(tmp_path, name, content):
 
 @pytest.mark.parametrize("name", ["captions.json", "trainval.json", "train_and_val.json"])
 def test_a_file_of_rows_is_named_after_one_split(tmp_path, name):
-    with pytest.raises(loopitr.InputError, match=f"{name} .*is named after a split"):
+    with pytest.raises(loopitr.InputError, match=f"{name} .*is named after its split"):
         load_captions(write_json(tmp_path / name, [{"image": "a.jpg", "caption": "x"}]))
 
 
@@ -1070,7 +1070,7 @@ def test_errors_of_the_command_line(here, tmp_path, capsys, trained):
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "text.pt"],
           "text.pt is damaged, or no checkpoint")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
-    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "foreign.pt"], "cannot load", "foreign.pt")
+    fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "foreign.pt"], "foreign.pt into")
     torch.save({"model": {"a": os.getcwd}, "options": {}}, tmp_path / "pickled.pt")
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "pickled.pt"], "pickled.pt is damaged")
 
@@ -1779,13 +1779,13 @@ def test_training_starts_from_albef_and_its_checkpoint_is_evaluated(here, tmp_pa
     config = transformers.AutoConfig.from_pretrained(tmp_path / "run" / "image-model")
     assert config.image_size == 32 and config.layer_norm_eps == 1e-6
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "albef.pth", *data, "--image-model",
-                   tmp_path / "dinov2"], "albef.pth", "image encoder is a ViT")
+                   tmp_path / "dinov2"], "albef.pth", "of a ViT-B/16")
 
 
 def test_an_albef_checkpoint_that_lacks_a_tensor_is_refused():
     state, _ = albef_checkpoint("text_encoder.")
     del state["text_encoder.encoder.layer.3.crossattention.self.key.weight"]
-    with pytest.raises(RuntimeError, match="cross_encoder.1.crossattention.self.key.weight"):
+    with pytest.raises(ValueError, match="lack.*cross_encoder.1.crossattention.self.key.weight"):
         loopitr.load_albef(tiny_model(image_layers=2), state)
 
 
