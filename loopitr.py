@@ -841,7 +841,7 @@ def load_albef(model, state):
         tensors = vit if name.startswith("visual_encoder.") else rest
         for there, here in names.items():
             name = name.replace(there, here)
-        tensors[name] = tensor
+        tensors[name] = tensor.float()
     for name in [name for name in vit if "qkv" in name]:
         for part, tensor in zip(("query", "key", "value"), vit.pop(name).chunk(3)):
             vit[name.replace("qkv", part)] = tensor
@@ -852,13 +852,12 @@ def load_albef(model, state):
     config.image_size = 16 * math.isqrt(vit["embeddings.position_embeddings"].shape[1] - 1)
     config.layer_norm_eps = 1e-6
     model.image_encoder, report = type(model.image_encoder).from_pretrained(
-        None, config=config, state_dict=vit, output_loading_info=True)
-    model.image_encoder.float().pooler = None
+        None, config=config, state_dict=vit, output_loading_info=True, add_pooling_layer=False)
     rest |= {f"image_encoder.{name}": t for name, t in model.image_encoder.state_dict().items()}
     # Not strict: there are momentum copies, their queues and the language model's head, too.
     missing = [*report["missing_keys"], *model.load_state_dict(rest, strict=False).missing_keys]
-    if any("pooler" not in name for name in missing):
-        raise ValueError(f"ALBEF's weights, of a ViT-B/16 and a BERT-base, lack {missing}")
+    if missing:
+        raise ValueError(f"it has no weights for {missing}")
 
 
 # ------------------------------------------------------------------- A run: its files and processes

@@ -1779,13 +1779,13 @@ def test_training_starts_from_albef_and_its_checkpoint_is_evaluated(here, tmp_pa
     config = transformers.AutoConfig.from_pretrained(tmp_path / "run" / "image-model")
     assert config.image_size == 32 and config.layer_norm_eps == 1e-6
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path / "albef.pth", *data, "--image-model",
-                   tmp_path / "dinov2"], "albef.pth", "of a ViT-B/16")
+                   tmp_path / "dinov2"], "albef.pth", "Dinov2Model")
 
 
 def test_an_albef_checkpoint_that_lacks_a_tensor_is_refused():
     state, _ = albef_checkpoint("text_encoder.")
     del state["text_encoder.encoder.layer.3.crossattention.self.key.weight"]
-    with pytest.raises(ValueError, match="lack.*cross_encoder.1.crossattention.self.key.weight"):
+    with pytest.raises(ValueError, match="no weights for.*cross_encoder.1.crossattention"):
         loopitr.load_albef(tiny_model(image_layers=2), state)
 
 
