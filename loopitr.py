@@ -686,8 +686,7 @@ def load_splits(args):
 
 def fetch(url, folder):
     """Download url into folder if it is not there, and unpack a zip -> path, which exists only when
-    it is whole. A download that broke off is resumed if the server can do that. InputError when it
-    breaks off, is silent for a minute, or is damaged."""
+    it is whole. What broke off is resumed if the server can do that. InputError when it fails."""
     archive = Path(folder, url.rpartition("/")[2])
     target = Path(folder, archive.name.removesuffix(".zip"))
     part, unpacked = Path(f"{archive}.part"), Path(f"{archive}.unpacked")
