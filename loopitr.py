@@ -653,9 +653,8 @@ def load_captions(*paths, images=None):
                 image = str(Path(images or path.parent, image))
                 if split_of.setdefault(image, split) != split:
                     raise ValueError(f"{image} is in two splits, {split_of[image]} and {split}")
-                known = splits[split].setdefault(image, [])
-                known += [caption.strip() for caption in captions]
-                " ".join(known).encode()  # fails for half a surrogate pair
+                splits[split].setdefault(image, []).extend(map(str.strip, captions))
+                " ".join(captions).encode()  # fails for half a surrogate pair
     return splits
 
 
