@@ -879,10 +879,9 @@ def write_log(args, mode="a", **values):
 def save(args, name, model, **rest):
     """Write a checkpoint, in the first process; under another name first, so never half a file."""
     if args.rank == 0:
-        content = {"model": model.state_dict(), "options": args.of_run, **rest}
         path = f"{args.output}/{name}"
         with input_errors(f"{path} cannot be written"):
-            torch.save(content, f"{path}.part")
+            torch.save({"model": model.state_dict(), "options": args.of_run} | rest, f"{path}.part")
             os.replace(f"{path}.part", path)
 
 
