@@ -180,7 +180,7 @@ class Attention(nn.Module):
         return self.output(attended, x)
 
 
-class CrossLayer(GradientCheckpointingLayer):
+class CrossLayer(nn.Module):
     """BERT layer with cross-attention between self-attention and feed-forward (ALBEF)."""
 
     def __init__(self, config, image_width):
@@ -240,7 +240,7 @@ class LoopITR(nn.Module):
     def recompute_activations(self):
         """Of each layer, keep only the input for the backward pass, and compute the rest again."""
         for layer in self.modules():
-            if isinstance(layer, GradientCheckpointingLayer):  # CrossLayer and transformers' layers
+            if isinstance(layer, (CrossLayer, GradientCheckpointingLayer)):  # transformers' layers
                 layer.forward = partial(recompute, layer.forward, use_reentrant=False)
 
     def forward(self, batch, **options):
@@ -604,7 +604,7 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     cross = recall_at_k(image_to_text, image_of_text, text_to_image=text_to_image)
     cross["seconds"] = time.perf_counter() - start
     result = {"dual": dual, "cross": cross}
-    print(f"{split}: {len(paths)} images, {len(captions)} texts; re-ranked: own top {args.rerank}")
+    print(f"{split}: {len(paths)} images, {len(texts)} texts; top {args.rerank} of each re-ranked")
     print(" " * 13 + "".join(f"{name:>8}" for name in dual))
     for name, values in result.items():
         print(f"{name + ' encoder':13}" + "".join(f"{v:8.1f}" for v in values.values()))
@@ -653,8 +653,9 @@ def load_captions(*paths, images=None):
                 image = str(Path(images or path.parent, image))
                 if split_of.setdefault(image, split) != split:
                     raise ValueError(f"{image} is in two splits, {split_of[image]} and {split}")
-                splits[split].setdefault(image, []).extend(map(str.strip, captions))
-                " ".join(captions).encode()  # fails for half a surrogate pair
+                for caption in captions:
+                    splits[split].setdefault(image, []).append(caption.strip())
+                    caption.encode()  # fails for half a surrogate pair
     return splits
 
 
