@@ -472,8 +472,7 @@ def train_epoch(model, loader, optimizer, epoch, args):
         factor = min((step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
-        # Cross-attention with random weights learns early from random negatives, but only much
-        # later from hard ones.
+        # Fresh cross-attention learns much earlier from random negatives than from hard ones.
         sampling = args.sampling if progress >= args.random_first else "random"
         losses = model([part.to(args.device, non_blocking=True) for part in batch],
                        negatives=args.negatives, sampling=sampling, objective=args.distill,
@@ -916,23 +915,22 @@ def search(model, tokenizer, paths, args):
     draw_retrieval(f"{args.output or '.'}/search.png", paths, [args.search], [None], dual, scores)
 
 
-def draw_retrieval(path, images, texts, image_of_text, dual_logits, scores, count=6, side=96):
+def draw_retrieval(path, images, texts, image_of_text, dual_logits, scores, count=6, cell=104):
     """Draw the five best images by the dual encoder (left) and re-ranked (right), for the only text
     or for some whose best image changed. The right image, if it is known, is framed."""
     changed = (dual_logits.argmax(0).cpu() != scores.argmax(0)).nonzero().flatten().tolist()
     shown = [0] if len(texts) == 1 else changed[::max(1, len(changed) // count)][:count]
-    step = side + 8
-    canvas = Image.new("RGB", (10 * step + 40, 32 + len(shown) * (step + 30)), "white")
+    canvas = Image.new("RGB", (10 * cell + 40, 32 + len(shown) * (cell + 30)), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((8, 6), "left: by the dual encoder; right: re-ranked", "black", font_size=16)
-    for y, t in zip(range(32, canvas.height, step + 30), shown):
+    for y, t in zip(range(32, canvas.height, cell + 30), shown):
         draw.text((8, y), texts[t], "black", font_size=16)
-        for x, matrix in ((4, dual_logits), (5 * step + 28, scores)):
+        for x, matrix in ((4, dual_logits), (5 * cell + 28, scores)):
             for i in matrix[:, t].argsort(descending=True, stable=True)[:5].tolist():
-                image = read_image(images[i]).resize((side, side))
+                image = read_image(images[i]).resize((cell - 8, cell - 8))
                 frame = "limegreen" if i == image_of_text[t] else "white"
                 canvas.paste(ImageOps.expand(image, 4, frame), (x, y + 20))
-                x += step
+                x += cell
     canvas.save(path)
     print(f"picture {path}")
 
@@ -1027,8 +1025,7 @@ def parse_arguments(argv):
         stored = checkpoint.get("options", {})  # a foreign last.pt has none, and fails later
         other = {name: value for name, value in stored.items() if value != args.of_run.get(name)}
         if other:
-            raise InputError(f"{args.output} holds a run with {other}: choose the same to go on, "
-                             "or another --output for a new run")
+            raise InputError(f"{args.output} holds a run with {other}: choose another --output")
     elif args.output and any(Path(args.output).glob("*.pt")):
         raise InputError(f"nothing may overwrite the run in {args.output}: give another --output")
     return args, checkpoint
