@@ -1025,7 +1025,7 @@ def parse_arguments(argv):
         stored = checkpoint.get("options", {})  # a foreign last.pt has none, and fails later
         other = {name: value for name, value in stored.items() if value != args.of_run.get(name)}
         if other:
-            raise InputError(f"{args.output} holds a run with {other}: choose another --output")
+            raise InputError(f"choose another --output: {args.output} holds a run with {other}")
     elif args.output and any(Path(args.output).glob("*.pt")):
         raise InputError(f"nothing may overwrite the run in {args.output}: give another --output")
     return args, checkpoint
