@@ -85,7 +85,7 @@ TRAINED_START = dict(random_first=0.0, distill_from=0.0, new_lr=1e-5)
 
 
 class InputError(Exception):
-    """Something that the user can fix: `main` prints it as one line instead of a traceback."""
+    """Something that the user can fix; any function may raise it, `main` prints it as one line."""
 
 
 # -------------------------------------------------------------------------------------- Data loader
@@ -199,8 +199,7 @@ class CrossLayer(nn.Module):
 
 class LoopITR(nn.Module):
     """The shared network: a transformers vision model, [CLS] first, and a BertModel, whose layers
-    from `text_layers` on become the cross encoder (ALBEF). bf16: mixed precision. InputError when
-    the text model is not like BERT."""
+    from `text_layers` on become the cross encoder (ALBEF). bf16: mixed precision."""
 
     def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, bf16=False):
         super().__init__()
@@ -413,8 +412,7 @@ def make_optimizer(model, lr, new_lr):
 
 def train(model, tokenizer, splits, args, checkpoint=None):
     """Train, and keep two checkpoints in --output: best.pt is the best epoch on val, with which the
-    model ends, last.pt the one to go on from. checkpoint: content of last.pt, if there is one.
-    InputError when the batch size does not fit, or a gradient is not finite."""
+    model ends, last.pt the one to go on from. checkpoint: content of last.pt, if there is one."""
     pairs = []  # (image number, path, caption)
     for number, (path, captions) in enumerate(splits["train"].items()):
         pairs += [(number, path, caption) for caption in captions]
@@ -633,8 +631,7 @@ def load_captions(*paths, images=None):
 
     Karpathy's  {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}, ...]}, ...]}
     ALBEF's     [{"image", "caption": string or list}, ...], one file per split, named after it
-    images: the folder that image paths start from; that of the file, if not given. InputError for
-    other contents, and for an image in two splits."""
+    images: the folder that image paths start from; that of the file, if not given."""
     splits = {"train": {}, "val": {}, "test": {}}
     split_of = {}  # image -> its split
     for path in map(Path, paths):
@@ -659,8 +656,7 @@ def load_captions(*paths, images=None):
 
 
 def load_splits(args):
-    """--data and --images -> {split: {image path: captions}}. Of flickr30k and coco, what the
-    command needs is fetched to --images. InputError when images are missing."""
+    """-> {split: {image path: captions}}. Of flickr30k and coco, fetch what the command needs."""
     needed = ("train", "val", "test") if args.train else ("test",)
     name, files = args.data[0], args.data
     if name in CAPTIONS:
@@ -685,7 +681,7 @@ def load_splits(args):
 
 def fetch(url, folder):
     """Download url into folder if it is not there, and unpack a zip -> path, which exists only when
-    it is whole. What broke off is resumed if the server can do that. InputError when it fails."""
+    it is whole. What broke off is resumed if the server can do that."""
     archive = Path(folder, url.rpartition("/")[2])
     target = Path(folder, archive.name.removesuffix(".zip"))
     part, unpacked = Path(f"{archive}.part"), Path(f"{archive}.unpacked")
@@ -773,9 +769,8 @@ def draw_scene(rng):
 def build_model(image_model, text_model, image_size, checkpoint=None, scratch=False, bf16=None,
                 device="cpu"):
     """-> LoopITR, tokenizer, from two backbones: names or folders, as transformers takes them. The
-    upper half of the text model becomes the cross encoder (ALBEF). scratch: read only their
-    configurations. checkpoint: content of a checkpoint that fills the model; one of loopitr.py has
-    configurations and tokenizer beside it. InputError when something cannot be loaded."""
+    upper half of the text model becomes the cross encoder (ALBEF). scratch: their weights are
+    not read. checkpoint: what fills the model; ours has configurations and tokenizer beside it."""
     source = f"{checkpoint['path']} into " if checkpoint else ""
     ours = checkpoint and "options" in checkpoint
     if ours:
@@ -993,8 +988,7 @@ def between(low, high=1e9, kind=float):
 
 
 def parse_arguments(argv):
-    """-> args, content of the checkpoint to start from or None. args.of_run has the options that
-    make a run what it is, stored in its checkpoints. InputError when --output holds another run."""
+    """-> args, content of the checkpoint to start from or None. args.of_run: what a run stores."""
     # The command line is parsed again after each change of defaults, so that what it says beats all
     # of them. In training, PRESETS beat TRAINED_START; in evaluation, the run's options beat both.
     parser = argument_parser()
