@@ -79,8 +79,7 @@ PRESETS = {
     "flickr30k": dict(images="data/flickr30k", init="albef", negatives=4, grad_checkpointing=True),
     "coco": dict(images="data/coco", init="albef", negatives=4, grad_checkpointing=True, epochs=5)}
 
-# What changes when --init names a checkpoint, in which all parts are trained: nothing has to wait,
-# and one learning rate suits them all, as in ALBEF.
+# With a checkpoint as --init, all parts are trained: none has to wait, one rate suits all (ALBEF).
 TRAINED_START = dict(random_first=0.0, distill_from=0.0, new_lr=1e-5)
 
 
@@ -134,8 +133,7 @@ def tokenize(tokenizer, captions):
 
 
 def make_batch(pairs, transform, tokenizer):
-    """[(image number, path, caption)] -> pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L),
-    image_ids (B,). Runs in the loader's processes."""
+    """[(image number, path, caption)] -> the batch that `loop_losses` takes"""
     numbers, paths, captions = zip(*pairs)
     return load_images(paths, transform), *tokenize(tokenizer, captions), torch.tensor(numbers)
 
@@ -247,8 +245,7 @@ class LoopITR(nn.Module):
         return loop_losses(self, batch, **options)
 
     def encode_image(self, pixels):
-        """pixels (B,3,H,W) -> tokens (B,N,D), unit embedding (B,E). Position embeddings are
-        interpolated to H and W (DINOv2 always does that, and ignores the argument)."""
+        """pixels (B,3,H,W) -> tokens (B,N,D), unit embedding (B,E), at any H and W"""
         with self.autocast():
             output = self.image_encoder(pixels, interpolate_pos_encoding=True)
             tokens = output.last_hidden_state.float()
@@ -814,8 +811,7 @@ def load_checkpoint(path):
 
 
 def load_albef(model, state):
-    """Fill model from ALBEF's released weights: checkpoint["model"] of a pre-trained or fine-tuned
-    .pth, whose ViT may have been trained at another image size."""
+    """Fill model from checkpoint["model"] of ALBEF's .pth files, pre-trained or fine-tuned."""
     # There -> here. Parts of the ViT get the names of older transformers, which from_pretrained
     # translates into the installed version's.
     names = {
