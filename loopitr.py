@@ -609,10 +609,7 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     return result
 
 
-# ==================================================================================================
-# The method ends here. Around it: data sets, starting weights, a run's files, pictures, main.
-
-# ---------------------------------------------------------------------------------------- Data sets
+# ================================================ The method ends here. Around it, first: Data sets
 
 ALBEF = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth"
 ROWS = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
