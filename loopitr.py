@@ -627,7 +627,6 @@ def load_captions(*paths, images=None):
     ALBEF's     [{"image", "caption": string or list}, ...], one file per split, named after it
     images: the folder that image paths start from; that of the file, if not given."""
     splits = {"train": {}, "val": {}, "test": {}}
-    split_of = {}  # image -> its split
     for path in map(Path, paths):
         with input_errors(f"{path} cannot be read as captions; ALBEF's is named after its split"):
             content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -641,8 +640,8 @@ def load_captions(*paths, images=None):
                     image, captions = row["image"], row["caption"]
                     captions = captions if isinstance(captions, list) else [captions]
                 image = str(Path(images or path.parent, image))
-                if split_of.setdefault(image, split) != split:
-                    raise ValueError(f"{image} is in two splits, {split_of[image]} and {split}")
+                if any(image in splits[other] for other in splits.keys() - {split}):
+                    raise ValueError(f"{image} is in the split {split}, and in another one")
                 for caption in captions:
                     splits[split].setdefault(image, []).append(caption.strip())
                     caption.encode()  # fails for half a surrogate pair

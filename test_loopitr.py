@@ -1316,7 +1316,7 @@ def test_an_image_in_two_splits_is_an_error_that_names_it(here, tmp_path, capsys
     train = [*command(tmp_path / "out"), *own_data("")][:-1]
     entry = {"filename": "images/00003.png", "split": "test", "sentences": [{"raw": "a"}]}
     path = toy_without(here, tmp_path, lambda images: images.append(entry))
-    fails(capsys, [*train, path], "00003.png is in two splits, train and test")
+    fails(capsys, [*train, path], "00003.png is in the split test, and in another one")
     entry["split"] = "dev"
     path = toy_without(here, tmp_path, lambda images: images.append(entry))
     fails(capsys, [*train, path], "captions.json", "dev")
