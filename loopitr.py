@@ -446,8 +446,7 @@ def train(model, tokenizer, splits, args, checkpoint=None):
             train_epoch(parallel, loader, optimizer, epoch, args)
         elif args.rank == 0:  # the others wait in their next `gather`
             result = evaluate(model, tokenizer, splits["val"], args, "val", epoch)
-            # An untrained cross encoder has no say.
-            rsum = result["cross" if args.matching_weight else "dual"]["rsum"]
+            rsum = result["cross" if args.matching_weight else "dual"]["rsum"]  # cross if trained
             if rsum > state["best"]:
                 state["best"] = rsum
                 save(args, "best.pt", model)
@@ -561,8 +560,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     length = attention_mask.sum(1)
     for texts in length.argsort().chunk(4):
         longest = int(length[texts].max())
-        # Sorted by image, so that a pass has few of them.
-        passes = shortlisted[:, texts].nonzero().split(pairs_per_pass)
+        passes = shortlisted[:, texts].nonzero().split(pairs_per_pass)  # sorted by image
         for part in tqdm(passes, "re-ranking", leave=False, disable=None):
             image_index, text_index = part[:, 0], texts[part[:, 1]]
             first, last = int(image_index[0]), int(image_index[-1])
@@ -702,8 +700,7 @@ def fetch(url, folder):
 
 
 def make_toy_dataset(folder, train=40000, val=300, test=500, seed=0):
-    """Draw scenes, with captions and the configurations of two small backbones -> path of the
-    captions in Karpathy's format. When that is there, nothing is drawn."""
+    """Draw scenes, once, and configure two small backbones -> path of the scenes' captions."""
     path = Path(folder, "captions.json")
     if path.exists():
         return path
@@ -888,8 +885,7 @@ def gather(x):
 
 @torch.no_grad()
 def search(model, tokenizer, paths, args):
-    """Print and draw the dual encoder's top --rerank images for the words of --search, ordered by
-    the score: match logit + --dual-weight * dual logit."""
+    """Print and draw the dual encoder's top --rerank images for --search, ordered by `rerank`."""
     embeddings = encode_images(model, paths, args.image_size, args.workers, keep_tokens=False)[1]
     text_tokens, mask, text = encode_texts(model, tokenizer, [args.search])
     dual, best = (embeddings @ text.T / model.temperature).topk(min(args.rerank, len(paths)), 0)
@@ -981,8 +977,8 @@ def between(low, high=1e9, kind=float):
 
 def parse_arguments(argv):
     """-> args, content of the checkpoint to start from or None. args.of_run: what a run stores."""
-    # The command line is parsed again after each change of defaults, so that what it says beats all
-    # of them. In training, PRESETS beat TRAINED_START; in evaluation, the run's options beat both.
+    # Parsed again after each change of defaults, so that the command line beats them all. PRESETS
+    # beat TRAINED_START in training, the run's options beat PRESETS in evaluation.
     parser = argument_parser()
     args = parser.parse_args(argv)
     data = args.data or ["toy"]
