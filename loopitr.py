@@ -351,8 +351,7 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     how often a positive beats its m negatives, by dual and by match logits (dual_recall,
     cross_recall), and the temperature.
 
-    batch: pixels (B,3,H,W), input_ids (B,L), attention_mask (B,L), image_ids (B,) of this process.
-    sampling as in `sample_hard_negatives`, objective as in `distillation_loss`."""
+    batch of this process: pixels (B,3,H,W), input_ids, attention_mask (B,L), image_ids (B,)"""
     pixels, input_ids, attention_mask, image_ids = batch
     image_tokens, image_embedding = model.encode_image(pixels)
     text_tokens, text_embedding = model.encode_text(input_ids, attention_mask)
