@@ -428,11 +428,13 @@ def train(model, tokenizer, splits, args, checkpoint=None):
         with input_errors(f"{args.output}/last.pt is damaged"):
             optimizer.load_state_dict(checkpoint["optimizer"])
             state = {name: checkpoint["state"][name] for name in state}
-    elif args.rank == 0:
-        start_run(model, tokenizer, splits, args)
-    model.image_encoder.requires_grad_(not args.freeze_image)
-    if args.grad_checkpointing:
-        model.recompute_activations()
+    elif args.rank == 0:  # what a checkpoint needs beside it, and the head of the log
+        model.image_encoder.config.save_pretrained(f"{args.output}/image-model")
+        model.text_encoder.config.save_pretrained(f"{args.output}/text-model")
+        tokenizer.save_pretrained(f"{args.output}/text-model")
+        images = {split: len(captions_of) for split, captions_of in splits.items()}
+        write_log(args, "w", options=args.of_run, images=images, processes=args.processes,
+                  device=args.device, torch=torch.__version__, transformers=transformers.__version__)
     parallel = model
     if args.processes > 1:  # some parameters may get no gradient, such as DINOv2's mask token
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
@@ -843,16 +845,6 @@ def load_albef(model, state):
 
 # ------------------------------------------------------------------- A run: its files and processes
 
-def start_run(model, tokenizer, splits, args):
-    """Begin log.jsonl, and write beside it what a checkpoint needs."""
-    model.image_encoder.config.save_pretrained(f"{args.output}/image-model")
-    for part in (model.text_encoder.config, tokenizer):
-        part.save_pretrained(f"{args.output}/text-model")
-    images = {split: len(captions_of) for split, captions_of in splits.items()}
-    write_log(args, "w", options=args.of_run, images=images, processes=args.processes,
-              device=args.device, torch=torch.__version__, transformers=transformers.__version__)
-
-
 def write_log(args, mode="a", **values):
     """Append one JSON object to log.jsonl, or begin it anew (mode "w")."""
     with open(Path(args.output, "log.jsonl"), mode) as log:
@@ -1040,6 +1032,9 @@ def main(argv=None):
             splits = load_splits(args)
         os.makedirs(args.output or ".", exist_ok=True)
         if args.train:
+            model.image_encoder.requires_grad_(not args.freeze_image)
+            if args.grad_checkpointing:
+                model.recompute_activations()
             train(model, tokenizer, splits, args, checkpoint)
         if args.search:
             search(model, tokenizer, list(splits["test"]), args)
