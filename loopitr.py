@@ -432,9 +432,8 @@ def train(model, tokenizer, splits, args, checkpoint=None):
         model.image_encoder.config.save_pretrained(f"{args.output}/image-model")
         model.text_encoder.config.save_pretrained(f"{args.output}/text-model")
         tokenizer.save_pretrained(f"{args.output}/text-model")
-        images = {split: len(captions_of) for split, captions_of in splits.items()}
-        write_log(args, "w", options=args.of_run, images=images, processes=args.processes,
-                  device=args.device, torch=torch.__version__, transformers=transformers.__version__)
+        write_log(args, "w", options=args.of_run, processes=args.processes, device=args.device,
+                  torch=torch.__version__, transformers=transformers.__version__)
     parallel = model
     if args.processes > 1:  # some parameters may get no gradient, such as DINOv2's mask token
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)

@@ -726,7 +726,7 @@ def test_training_writes_checkpoints_log_picture_and_table(trained):
         "best.pt", "last.pt", "log.jsonl", "retrieval.png", "image-model", "text-model"}
     first = json.loads((output / "log.jsonl").read_text().splitlines()[0])
     assert first["options"]["batch_size"] == 16 and first["options"]["lr"] == 1e-3
-    assert first["images"] == {"train": 40, "val": 8, "test": 12} and first["device"]
+    assert first["options"]["data"] == ["toy"] and first["device"]
     assert first["torch"] == torch.__version__
     assert first["transformers"] == transformers.__version__
     step, = log_of(output, "step")
