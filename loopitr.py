@@ -323,8 +323,7 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
 
     student, teacher (Q,1+m): dual and match logits, the positive in column 0 -> scalar, mean over
     queries (mse, margin: and over candidates). The teacher's logits are divided by `temperature`.
-    objective: kl, mse, margin, label or none; ValueError for others. The defaults are those of
-    training. Ours: the paper's formula is not known to us."""
+    objective: kl, mse, margin, label or none. The defaults are training's. Formulas are ours."""
     # Detached: the student must not teach its teacher. Against hard negatives that one learns what
     # the dual encoder lacks (see `rerank`), so it corrects the student rather than being its aim;
     # hence a small weight. A temperature below 1 makes it more decisive; 0.5 was chosen by trial.
@@ -793,8 +792,7 @@ def build_model(image_model, text_model, image_size, checkpoint=None, scratch=Fa
 
 
 def load_checkpoint(path):
-    """-> content of a checkpoint of ours or ALBEF's, on the CPU, with its "path". Only tensors and
-    plain values are unpickled. ALBEF's public file is fetched when it is not there."""
+    """-> content of a checkpoint, ours or ALBEF's (fetched if it is absent), with its "path"."""
     if Path(path).name == "ALBEF_4M.pth":
         fetch(ALBEF, Path(path).parent)
     # Errors are suppressed, since torch's advice is to unpickle everything.
