@@ -840,7 +840,7 @@ def load_albef(model, state):
         raise ValueError(f"it has no weights for {missing}")
 
 
-# ------------------------------------------------------------------- A run: its files and processes
+# --------------------------------------------------------------- Files, processes, search, pictures
 
 def write_log(args, mode="a", **values):
     """Append one JSON object to log.jsonl, or begin it anew (mode "w")."""
@@ -868,8 +868,6 @@ def gather(x):
     parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
     return torch.cat(parts)
 
-
-# ------------------------------------------------------------------------------ Search and pictures
 
 @torch.no_grad()
 def search(model, tokenizer, paths, args):
