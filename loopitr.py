@@ -277,7 +277,7 @@ class LoopITR(nn.Module):
         return self.match_head(text[:, 0].float()).squeeze(1)
 
 
-# ----------------------------------------------------------------------------------- Hard negatives
+# ------------------------------------------------------------------------ Hard negatives and losses
 
 @torch.no_grad()
 def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="softmax"):
@@ -297,8 +297,6 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
     fewest = int((~is_positive).sum(1).min())
     return scores.topk(min(num_negatives, fewest), dim=1).indices
 
-
-# ------------------------------------------------------------------------------------------- Losses
 
 def contrastive_loss(logits, is_positive):
     """Softmax cross-entropy in both directions; a query's target is spread over its positives.
