@@ -577,11 +577,9 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     --rerank, whose seconds include the dual's; with --output, log it, and draw examples.
 
     captions_of: {image path: captions} -> {"dual": {"TR@1", .., "seconds"}, "cross": {..}}"""
-    paths, captions, image_of_text = list(captions_of), [], []
-    for number, path in enumerate(paths):
-        captions += captions_of[path]
-        image_of_text += [number] * len(captions_of[path])
-    image_of_text = torch.tensor(image_of_text)
+    paths, captions = list(captions_of), sum(captions_of.values(), [])
+    counts = torch.tensor([len(captions_of[path]) for path in paths])
+    image_of_text = torch.repeat_interleave(counts)  # [2, 3] -> [0, 0, 1, 1, 1]
     start = time.perf_counter()
     image_tokens, images = encode_images(model, paths, args.image_size, args.workers)
     text_tokens, mask, texts = encode_texts(model, tokenizer, captions)
