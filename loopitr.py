@@ -203,18 +203,16 @@ class LoopITR(nn.Module):
         super().__init__()
         bert, image_width = text_encoder.config, image_encoder.config.hidden_size
         layers = text_encoder.encoder.layer
-        text_encoder.encoder.layer = layers[:text_layers]
+        text_encoder.encoder.layer, upper = layers[:text_layers], layers[text_layers:]
         image_encoder.pooler = text_encoder.pooler = None  # [CLS] is projected as it is
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         self.image_projection = nn.Linear(image_width, embedding)
         self.text_projection = nn.Linear(bert.hidden_size, embedding)
-        self.cross_encoder = nn.ModuleList()
-        for layer in layers[text_layers:]:
-            self.cross_encoder.append(CrossLayer(bert, image_width))
-            # Only cross-attention, which a plain BERT lacks, may keep its random weights.
-            report = self.cross_encoder[-1].load_state_dict(layer.state_dict(), strict=False)
-            if report.unexpected_keys or any("cross" not in key for key in report.missing_keys):
-                raise InputError(f"the layers of {type(text_encoder).__name__} are not like BERT's")
+        self.cross_encoder = nn.ModuleList(CrossLayer(bert, image_width) for _ in upper)
+        # Only cross-attention, which a plain BERT lacks, may keep its random weights.
+        report = self.cross_encoder.load_state_dict(upper.state_dict(), strict=False)
+        if report.unexpected_keys or any("cross" not in key for key in report.missing_keys):
+            raise InputError(f"the layers of {type(text_encoder).__name__} are not like BERT's")
         self.match_head = nn.Linear(bert.hidden_size, 1)
         # ALBEF's 0.07, learned as a logarithm, so that it stays positive without clamping.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
