@@ -216,7 +216,8 @@ class LoopITR(nn.Module):
         self.match_head = nn.Linear(bert.hidden_size, 1)
         # ALBEF's 0.07, learned as a logarithm, so that it stays positive without clamping.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
-        self.bf16 = bf16
+        # In the encoders alone: scores rounded to bf16 would tie by the dozen.
+        self.autocast = partial(torch.autocast, dtype=torch.bfloat16, enabled=bf16)
 
     @property
     def temperature(self):
@@ -227,10 +228,6 @@ class LoopITR(nn.Module):
     def device(self):
         """torch.device of the weights, on which the inputs must be, too."""
         return self.log_temperature.device
-
-    def autocast(self):
-        """bf16 in the encoders alone: scores rounded to bf16 would tie by the dozen."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def recompute_activations(self):
         """Of each layer, keep only the input for the backward pass, and compute the rest again."""
@@ -244,14 +241,14 @@ class LoopITR(nn.Module):
 
     def encode_image(self, pixels):
         """pixels (B,3,H,W) -> tokens (B,N,D), unit embedding (B,E), at any H and W"""
-        with self.autocast():
+        with self.autocast(self.device.type):
             output = self.image_encoder(pixels, interpolate_pos_encoding=True)
             tokens = output.last_hidden_state.float()
         return tokens, F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def encode_text(self, input_ids, attention_mask):
         """input_ids (B,L), attention_mask (B,L) -> tokens (B,L,D), unit embedding (B,E)"""
-        with self.autocast():
+        with self.autocast(self.device.type):
             tokens = self.text_encoder(input_ids, attention_mask).last_hidden_state.float()
         return tokens, F.normalize(self.text_projection(tokens[:, 0]), dim=-1)
 
@@ -267,7 +264,7 @@ class LoopITR(nn.Module):
         # In the table of `Attention`, row is the image, column how many earlier pairs have it, too.
         column = (image_index[:, None] == image_index).tril(-1).sum(1)
         places = (image_index, column, int(column.max()) + 1)
-        with self.autocast():
+        with self.autocast(self.device.type):
             for layer in self.cross_encoder:
                 # The match head reads only [CLS], so the last layer computes only [CLS].
                 x = text[:, :1] if layer is self.cross_encoder[-1] else text
