@@ -154,17 +154,15 @@ class Attention(nn.Module):
         self.output = BertSelfOutput(config)
 
     def forward(self, x, source, mask=None, places=None):
-        """x (P,L or 1,D) attends to source -> like x.
-
-        Self-attention: source (P,L,D) is text, read where mask (P,1,1,L) is True.
-        Cross-attention: source (I,N,D) is images, and all texts paired with an image form one long
-        query to it. Images have different numbers of texts, so these are padded to a table with a
-        row for each image: places = (row (P,), column (P,), number of columns) of the pairs."""
+        """x (P,L or 1,D) attends to source -> like x. Self-attention: source (P,L,D) is text, read
+        where mask (P,1,1,L) is True. Cross-attention: source (I,N,D) is images, and places = (row
+        (P,), column (P,), number of columns) puts the pairs into a table with a row per image."""
         query = self.self["query"](x)
         key, value = self.self["key"](source), self.self["value"](source)
         if places is not None:
-            # So an image's keys and values, most of the work at 577 tokens, are projected once and
-            # never copied per pair. Cells without a pair stay zero, and are computed in vain.
+            # All texts paired with an image form one long query to it. So its keys and values, most
+            # of the work at 577 tokens, are projected once and never copied per pair. Cells that
+            # no pair fills stay zero, and are computed in vain.
             row, column, columns = places
             table = query.new_zeros(len(source), columns, *query.shape[1:])
             table[row, column] = query
