@@ -314,7 +314,7 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
 
     student, teacher (Q,1+m): dual and match logits, the positive in column 0 -> scalar, mean over
     queries (mse, margin: and over candidates). The teacher's logits are divided by `temperature`.
-    objective: kl, mse, margin, label or none. The defaults are training's. Formulas are ours."""
+    objective: kl, mse, margin, label or none: our choices, as the defaults, which training uses."""
     # Detached: the student must not teach its teacher. Against hard negatives that one learns what
     # the dual encoder lacks (see `rerank`), so it corrects the student rather than being its aim;
     # hence a small weight. A temperature below 1 makes it more decisive; 0.5 was chosen by trial.
@@ -595,7 +595,7 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     return result
 
 
-# ================================================ The method ends here. Around it, first: Data sets
+# ======================================================= The method ends here. Around it: Data sets
 
 ALBEF = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth"
 ROWS = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
