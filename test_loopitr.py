@@ -352,6 +352,15 @@ def test_embeddings_have_unit_length_and_contract_shapes():
     assert model.temperature.shape == () and model.temperature.item() == pytest.approx(0.07)
 
 
+def test_bf16_is_the_default_except_on_a_cpu(here):
+    folder = Path("data/toy")
+    for device, bf16, enabled in (("cpu", None, False), ("cpu", True, True), ("meta", None, True),
+                                  ("meta", False, False)):
+        model, _ = loopitr.build_model(folder / "image-model", folder / "text-model", 48,
+                                       scratch=True, bf16=bf16, device=device)
+        assert model.autocast.keywords["enabled"] is enabled
+
+
 def test_scores_are_not_rounded_to_bf16():
     model, exact = tiny_model(bf16=True), tiny_model(bf16=False)
     pixels, ids, mask = random_batch(model, images=40, texts=40)
@@ -966,8 +975,13 @@ def test_training_starts_from_a_checkpoint_of_ours(here, trained, tmp_path):
     assert all(torch.equal(start[name], end[name]) for name in start)
 
 
-def test_grad_checkpointing_keeps_less_and_changes_nothing(here, trained, tmp_path):
-    assert loopitr.main(command(tmp_path, "--grad-checkpointing")) == 0
+def test_grad_checkpointing_keeps_less_and_changes_nothing(here, trained, tmp_path, monkeypatch):
+    real, calls = loopitr.LoopITR.recompute_activations, []
+    with monkeypatch.context() as patch:
+        patch.setattr(loopitr.LoopITR, "recompute_activations",
+                      lambda model: calls.append(1) or real(model))
+        assert loopitr.main(command(tmp_path, "--grad-checkpointing")) == 0
+    assert calls == [1]
     one, other = (torch.load(path / "last.pt")["model"] for path in (tmp_path, trained[0]))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
