@@ -30,8 +30,8 @@ feedback. Left out of it: masked language modelling (part of its pre-training), 
 and queues (softer targets and more negatives; the loop can be understood without them).
 
 The paper's abstract and tables, all that we know of it, leave open: how and from when on to distil;
-the value of m; random negatives first; the learning rate of new layers; gradient clipping; adding
-both logits in re-ranking. These are our choices.
+the value of m; random negatives first; the learning rate of new layers; warm-up; gradient clipping;
+the strength of augmentation; adding both logits in re-ranking. These are our choices.
 
 Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
 D width, E embedding, Q queries, C candidates, m hard negatives.
@@ -127,8 +127,8 @@ def tokenize(tokenizer, captions):
     captions = [" ".join(caption.translate(marks).split()) for caption in captions]
     text = tokenizer(captions, padding=True, padding_side="right", truncation=True, max_length=31,
                      return_tensors="pt")
-    # ALBEF's tokenizer adds no [SEP]; ours ends every text with it. The mask, shifted left by one,
-    # ends one token earlier and so hides it; in the longest text it goes with the last column.
+    # ALBEF's tokenizer adds no [SEP]; ours ends every text with it. Shifting the mask left by one
+    # hides it: of [CLS] a dog [SEP] [PAD], mask 1 1 1 1 0, remain [CLS] a dog [SEP], mask 1 1 1 0.
     return text["input_ids"][:, :-1], text["attention_mask"][:, 1:]
 
 
@@ -161,8 +161,8 @@ class Attention(nn.Module):
         key, value = self.self["key"](source), self.self["value"](source)
         if places is not None:
             # All texts paired with an image form one long query to it. So its keys and values, most
-            # of the work at 577 tokens, are projected once and never copied per pair. Cells that
-            # no pair fills stay zero, and are computed in vain.
+            # of the work at 577 tokens, are projected once and never copied per pair. Cells that no
+            # pair fills are computed in vain: many, if one image has far more texts than others.
             row, column, columns = places
             table = query.new_zeros(len(source), columns, *query.shape[1:])
             table[row, column] = query
@@ -259,7 +259,7 @@ class LoopITR(nn.Module):
         # Not [text_index], whose backward pass adds up in another order each time, on a CPU.
         text = text_tokens.index_select(0, text_index).float()
         mask = attention_mask[text_index].bool()[:, None, None]  # the same for all heads, queries
-        # In the table of `Attention`, row is the image, column how many earlier pairs have it, too.
+        # In `Attention`'s table, each image has a row, its pairs columns: [0, 1, 0] -> [0, 0, 1].
         column = (image_index[:, None] == image_index).tril(-1).sum(1)
         places = (image_index, column, int(column.max()) + 1)
         with self.autocast(self.device.type):
@@ -315,13 +315,13 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
     student, teacher (Q,1+m): dual and match logits, the positive in column 0 -> scalar, mean over
     queries (mse, margin: and over candidates). The teacher's logits are divided by `temperature`.
     objective: kl, mse, margin, label or none: our choices, as the defaults, which training uses."""
-    # Detached: the student must not teach its teacher. Against hard negatives that one learns what
-    # the dual encoder lacks (see `rerank`), so it corrects the student rather than being its aim;
-    # hence a small weight. A temperature below 1 makes it more decisive; 0.5 was chosen by trial.
+    # Detached: the student must not teach its teacher. Trained on negatives that the dual encoder
+    # draws, the teacher learns only what dual logits do not say yet (see `rerank`): its logits are
+    # a correction, not a target, hence the small weight. Temperature 0.5 was chosen by trial.
     teacher = teacher.detach() / temperature
     if objective == "none" or student.shape[1] == 1:  # without negatives there is nothing to learn
         return student.new_zeros(())
-    if objective == "kl":  # KL(softmax(teacher) || softmax(student)): Hinton et al., 1503.02531
+    if objective == "kl":  # KL(softmax(teacher) || softmax(student)): as Hinton, 1503.02531
         return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
     if objective == "mse":  # rows are centred: adding a constant does not change a ranking
         return F.mse_loss(student - student.mean(1, keepdim=True),
@@ -372,10 +372,10 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
 
     # 4. Cross -> dual: both encoders' logits of the same candidates, (2B,1+m), the positive first:
     # B images that look for their text, then B texts that look for their image.
-    negative = match_logits[len(rows):].view(2 * len(rows), m)
-    teacher = torch.cat([match_logits[:len(rows)].repeat(2)[:, None], negative], dim=1)
-    negative = torch.cat([dual_logits.gather(1, hard_texts), dual_logits.T.gather(1, hard_images)])
-    student = torch.cat([dual_logits.diag().repeat(2)[:, None], negative], dim=1)
+    hard_match = match_logits[len(rows):].view(2 * len(rows), m)
+    teacher = torch.cat([match_logits[:len(rows)].repeat(2)[:, None], hard_match], dim=1)
+    hard_dual = torch.cat([dual_logits.gather(1, hard_texts), dual_logits.T.gather(1, hard_images)])
+    student = torch.cat([dual_logits.diag().repeat(2)[:, None], hard_dual], dim=1)
     distillation = distillation_loss(student, teacher, objective, distill_temperature)
     return {"contrastive": contrastive, "matching": matching, "distillation": distillation,
             "dual_recall": (student[:, :1] > student[:, 1:]).all(1).float().mean(),
@@ -398,14 +398,14 @@ def make_optimizer(model, lr, new_lr):
 
 def train(model, tokenizer, splits, args, checkpoint=None):
     """Train, and keep two checkpoints in --output: best.pt is the best epoch on val, with which the
-    model ends, last.pt the one to go on from. checkpoint: content of last.pt, if there is one."""
+    model ends, last.pt the one to go on from. If there is one, `checkpoint` is its content."""
     pairs = []  # (image number, path, caption)
     for number, (path, captions) in enumerate(splits["train"].items()):
         pairs += [(number, path, caption) for caption in captions]
     share, rest = divmod(args.batch_size, args.processes)
     if rest or not args.negatives < share <= len(pairs) // args.processes:
-        raise InputError(f"--batch-size {args.batch_size} of {len(pairs)} captions must give each "
-                         f"process an equal share, more than --negatives {args.negatives}")
+        raise InputError(f"--batch-size {args.batch_size} does not fit {len(pairs)} captions: each "
+                         f"process needs an equal share, more than --negatives {args.negatives}")
     sampler = DistributedSampler(pairs, args.processes, args.rank, seed=args.seed)  # also shuffles
     transform = image_transform(args.image_size, args.augment)
     collate = partial(make_batch, transform=transform, tokenizer=tokenizer)  # reads the images
@@ -428,8 +428,8 @@ def train(model, tokenizer, splits, args, checkpoint=None):
     if args.processes > 1:  # some parameters may get no gradient, such as DINOv2's mask token
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     for phase in range(state["phase"], 2 * args.epochs):
-        epoch = phase // 2
-        if phase % 2 == 0:
+        epoch, validating = divmod(phase, 2)
+        if not validating:
             # All that is random in an epoch follows from these two seeds, whatever happened before.
             sampler.set_epoch(epoch)
             torch.manual_seed(1_000_000 * args.seed + 1_000 * epoch + args.rank)
@@ -447,7 +447,7 @@ def train(model, tokenizer, splits, args, checkpoint=None):
 
 
 def train_epoch(model, loader, optimizer, epoch, args):
-    """One pass over all captions."""
+    """One pass over all captions. The first process shows a bar, on a terminal (disable=None)."""
     model.train()
     bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=args.rank > 0 or None)
     for step, batch in enumerate(bar, start=epoch * len(loader)):
@@ -537,7 +537,7 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     image_to_text, text_to_image (I,T), on the CPU: match logit + dual_weight * dual score for the
     k best texts of each image, or the k best images of each text; all others below, in dual order.
     dual_weight is ours: trained on negatives drawn by dual scores, the cross encoder does not learn
-    what the dual scores capture. pairs_per_pass bounds the memory that is used on the device."""
+    what the dual scores capture. With fewer pairs_per_pass, less memory is used on the device."""
     model.eval()
     # All that tie with the k-th best are in, too: if topk left some of them out, a right one could
     # win by luck, and a cross encoder that says nothing would seem to gain.
@@ -792,8 +792,8 @@ def load_checkpoint(path):
 
 def load_albef(model, state):
     """Fill model from checkpoint["model"] of ALBEF's .pth files, pre-trained or fine-tuned."""
-    # There -> here. Parts of the ViT get the names of older transformers, which from_pretrained
-    # translates into the installed version's.
+    # There -> here, from top to bottom; no other name contains those of the ViT's parts. These get
+    # the names of older transformers, which from_pretrained translates into the installed one's.
     names = {
         "text_encoder.bert.": "text_encoder.",  # the pre-trained file's
         "vision_proj": "image_projection", "text_proj": "text_projection",
@@ -853,7 +853,7 @@ def gather(x):
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach().contiguous())
     # All compute the same loss of the whole, each the gradient of its own part alone. These must be
-    # summed, and DistributedDataParallel averages: hence the factor, which does not change values.
+    # summed, and DistributedDataParallel averages: hence x with `processes` times its gradient.
     parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
     return torch.cat(parts)
 
@@ -901,14 +901,14 @@ def argument_parser():
         usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog=f"Other defaults: {PRESETS}; and with a checkpoint as --init: {TRAINED_START}")
     positive, whole = between(1, kind=int), between(0, kind=int)
-    share, weight = between(0, 1), between(0)
+    unit, weight = between(0, 1), between(0)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--train", action="store_true", help="train, or resume, then test the best epoch")
     add("--evaluate", action="store_true", help="test --checkpoint")
     add("--search", metavar="WORDS", help="find images in the test split, or in the folder --data")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--checkpoint", help="to evaluate or search with; runs/DATA/best.pt if not given")
-    add("--output", help="folder to write to; if not given, runs/DATA for training, else none")
+    add("--output", help="folder to write to; runs/DATA for training, if not given")
     add("--rerank", type=positive, default=16, help="candidates per query to re-rank")
     add("--dual-weight", type=weight, default=1.0, help="of dual logits, added in re-ranking")
     add("--data", nargs="+", help="toy (if not given), flickr30k, coco or captions files")
@@ -922,17 +922,17 @@ def argument_parser():
     add("--freeze-image", action="store_true", help="no gradient for the image encoder")
     add("--negatives", type=positive, default=1, help="m, hard negatives per image and per text")
     add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
-    add("--random-first", type=share, default=0.3, help="share of training with random negatives")
+    add("--random-first", type=unit, default=0.3, help="share of training with random negatives")
     add("--distill", choices=("none", "kl", "mse", "margin", "label"), default="mse",
         help="objective; label is a control without a teacher")
     add("--distill-weight", type=weight, default=0.05, help="in the total loss; 1 suits kl, label")
     add("--distill-temperature", type=between(0.001), default=0.5, help="of teacher; 1 suits kl")
-    add("--distill-from", type=share, default=0.4, help="share of training before distillation")
+    add("--distill-from", type=unit, default=0.4, help="share of training before distillation")
     add("--matching-weight", type=weight, default=1.0, help="in the total loss")
     add("--epochs", type=positive, default=10, help="passes over all captions")
     add("--batch-size", type=positive, default=256, help="captions with images, of all processes")
-    add("--lr", type=share, default=1e-5, help="peak learning rate of the backbones")
-    add("--new-lr", type=share, default=1e-4, help="peak learning rate of all new layers")
+    add("--lr", type=unit, default=1e-5, help="peak learning rate of the backbones")
+    add("--new-lr", type=unit, default=1e-4, help="peak rate of new layers, and temperature")
     add("--grad-checkpointing", action=switch, default=False, help="less memory, slower")
     add("--seed", type=whole, default=0, help="of weights, batches, negatives and augmentation")
     add("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"),
@@ -952,8 +952,8 @@ def between(low, high=1e9, kind=float):
 
 def parse_arguments(argv):
     """-> args, content of the checkpoint to start from or None. args.of_run: what a run stores."""
-    # Parsed again after each change of defaults, so that the command line beats them all. PRESETS
-    # beat TRAINED_START in training, the run's options beat PRESETS in evaluation.
+    # Parsed again after each change of defaults. What wins, in training: command line, PRESETS,
+    # TRAINED_START, defaults; in evaluation: command line, the run's options, PRESETS, defaults.
     parser = argument_parser()
     args = parser.parse_args(argv)
     data = args.data or ["toy"]
