@@ -1959,7 +1959,7 @@ def test_every_function_and_option_that_the_readme_names_exists():
     parts = [re.search(rf"## {title}.*?(?=\n## )", text, re.S)[0] for title in (
         "Where to find what", "Implementation details", "Copying pieces")]
     names = set(re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)`", "".join(parts))) - {
-        "F", "nn", "SPDX", "match", "eval", "device", "cross_encoder", "match_head",
+        "F", "nn", "SPDX", "match", "eval", "device", "autocast", "cross_encoder", "match_head",
         "dual_weight"}
     assert names >= {"LoopITR", "sample_hard_negatives", "loop_losses", "distillation_loss",
                      "gather", "rerank", "recall_at_k", "evaluate", "tokenize", "LoopITR.match"}
