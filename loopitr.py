@@ -514,7 +514,7 @@ def encode_images(model, paths, image_size, workers=0, keep_tokens=True):
         if keep_tokens and tokens is None:  # filled in place: torch.cat would hold all twice
             tokens = torch.empty(len(paths), *part.shape[1:], dtype=torch.half)
         if keep_tokens:
-            tokens[64 * number:][:len(part)] = part.half()
+            tokens[64 * number:64 * (number + 1)] = part.half()
     return tokens, torch.cat(embeddings)
 
 
@@ -902,10 +902,10 @@ def argument_parser():
         epilog=f"Other defaults: {PRESETS}; and with a checkpoint as --init: {TRAINED_START}")
     positive, whole = between(1, kind=int), between(0, kind=int)
     unit, weight = between(0, 1), between(0)
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--train", action="store_true", help="train, or resume, then test the best epoch")
-    add("--evaluate", action="store_true", help="test --checkpoint")
-    add("--search", metavar="WORDS", help="find images in the test split, or in the folder --data")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--train", action="store_true", help="train or resume, test the best epoch")
+    mode.add_argument("--evaluate", action="store_true", help="test --checkpoint")
+    mode.add_argument("--search", metavar="WORDS", help="find test images, or in a folder (--data)")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--checkpoint", help="to evaluate or search with; runs/DATA/best.pt if not given")
     add("--output", help="folder to write to; runs/DATA for training, if not given")

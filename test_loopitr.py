@@ -1367,6 +1367,15 @@ def test_rows_whose_captions_are_no_text_are_refused_and_a_bom_is_read(tmp_path)
             load_captions(write_json(path, [{"image": "a.jpg", "caption": captions}]))
 
 
+def test_an_image_without_captions_is_left_out(here, tmp_path, capsys):
+    assert load_captions(write_json(tmp_path / "a_val.json", [
+        {"image": "a.jpg", "caption": []}, {"image": "b.jpg", "caption": ["x"]}]))["val"] == {
+        str(tmp_path / "b.jpg"): ["x"]}
+    path = toy_without(here, tmp_path, lambda images: [
+        entry["sentences"].clear() for entry in images if entry["split"] == "test"])
+    fails(capsys, [*command(tmp_path / "out"), *own_data(path)], "0 of 0 test images")
+
+
 def test_files_that_cannot_be_read_or_written_are_named(here, trained, tmp_path, capsys):
     best = trained[0] / "best.pt"
     fails(capsys, ["--evaluate", "--checkpoint", tmp_path], str(tmp_path))
