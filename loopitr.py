@@ -123,8 +123,8 @@ def load_images(paths, transform):
 def tokenize(tokenizer, captions):
     """Captions, cleaned as ALBEF's are -> input_ids (T,L), attention_mask (T,L), L at most 30."""
     marks = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")  # two become blanks, the others vanish
-    captions = [caption.lower().replace("<person>", "person") for caption in captions]
-    captions = [" ".join(caption.translate(marks).split()) for caption in captions]
+    captions = [caption.lower().translate(marks) for caption in captions]
+    captions = [" ".join(caption.replace("<person>", "person").split()) for caption in captions]
     text = tokenizer(captions, padding=True, padding_side="right", truncation=True, max_length=31,
                      return_tensors="pt")
     # ALBEF's tokenizer adds no [SEP]; ours ends every text with it. Shifting the mask left by one
@@ -208,9 +208,9 @@ class LoopITR(nn.Module):
         self.text_projection = nn.Linear(bert.hidden_size, embedding)
         self.cross_encoder = nn.ModuleList(CrossLayer(bert, image_width) for _ in upper)
         # Only cross-attention, which a plain BERT lacks, may keep its random weights.
-        report = self.cross_encoder.load_state_dict(upper.state_dict(), strict=False)
-        if report.unexpected_keys or any("cross" not in key for key in report.missing_keys):
-            raise InputError(f"the layers of {type(text_encoder).__name__} are not like BERT's")
+        missing, unknown = self.cross_encoder.load_state_dict(upper.state_dict(), strict=False)
+        if text_layers < 1 or unknown or any("cross" not in name for name in missing):
+            raise InputError(f"{type(text_encoder).__name__} has few layers, or others than BERT's")
         self.match_head = nn.Linear(bert.hidden_size, 1)
         # ALBEF's 0.07, learned as a logarithm, so that it stays positive without clamping.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
@@ -486,7 +486,7 @@ def recall_at_k(image_to_text, image_of_text, ks=(1, 5, 10), text_to_image=None)
 
     image_to_text (I,T): scores; text_to_image (I,T), if the other direction has its own;
     image_of_text (T,): the image that each text belongs to -> dict. A wrong candidate counts as
-    ahead if its score equals the best right one's, or is NaN, so that a constant scorer gets 0."""
+    ahead if its score equals the best right one's, or is NaN: a constant scorer wins nothing."""
     text_to_image = image_to_text if text_to_image is None else text_to_image
     images = torch.arange(len(image_to_text), device=image_to_text.device)
     is_right = image_of_text.to(images.device) == images[:, None]  # (I,T)
@@ -629,19 +629,18 @@ def load_captions(*paths, images=None):
                 if any(image in splits[other] for other in splits.keys() - {split}):
                     raise ValueError(f"{image} is in the split {split}, and in another one")
                 for caption in captions:
+                    caption.strip().encode()[0]  # fails if it is blank or half a surrogate pair
                     splits[split].setdefault(image, []).append(caption.strip())
-                    caption.encode()  # fails for half a surrogate pair
     return splits
 
 
 def load_splits(args):
     """-> {split: {image path: captions}}. Of flickr30k and coco, fetch what the command needs."""
     needed = ("train", "val", "test") if args.train else ("test",)
-    name, files = args.data[0], args.data
+    name, files = " ".join(map(str, args.data)), args.data
     if name in CAPTIONS:
         files = [fetch(f"{CAPTIONS[name]}_{split}.json", args.images) for split in needed]
-        files += args.data[1:]
-    if args.search and os.path.isdir(files[0]):  # photos without captions
+    if args.search and os.path.isdir(name):  # photos without captions
         paths = sorted(path for path in Path(name).rglob("*") if is_image_file(path.name))
         splits = {"test": {str(path): [] for path in paths if path.is_file()}}
     else:
@@ -755,7 +754,7 @@ def build_model(image_model, text_model, image_size, checkpoint=None, scratch=Fa
         folder = Path(checkpoint["path"]).parent
         image_model, text_model = f"{folder}/image-model", f"{folder}/text-model"
     backbones = []
-    with input_errors(f"cannot load {source}{image_model} and {text_model}"):
+    with input_errors(f"cannot load {source}{image_model} and {text_model} at {image_size} pixels"):
         for name in (image_model, text_model):
             if scratch or checkpoint:
                 backbones.append(AutoModel.from_config(AutoConfig.from_pretrained(name)))
@@ -765,7 +764,7 @@ def build_model(image_model, text_model, image_size, checkpoint=None, scratch=Fa
                 if any("pooler" not in key for key in report["missing_keys"]):
                     raise InputError(f"{name} has no weights for {report['missing_keys']}")
         half = backbones[1].config.num_hidden_layers // 2
-        bf16 = device != "cpu" if bf16 is None else bf16
+        bf16 = torch.device(device).type != "cpu" if bf16 is None else bf16
         model = LoopITR(*backbones, half, bf16=bf16).float()
         if ours:
             model.load_state_dict(checkpoint["model"])
@@ -786,7 +785,8 @@ def load_checkpoint(path):
         fetch(ALBEF, Path(path).parent)
     # Errors are suppressed, since torch's advice is to unpickle everything.
     with open(path, "rb") as file, suppress(Exception):
-        return torch.load(file, map_location="cpu", weights_only=True) | {"path": str(path)}
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        return content | {"path": str(path), "model": content["model"]}
     raise InputError(f"{path} is damaged, or no checkpoint of loopitr.py or ALBEF")
 
 
@@ -819,7 +819,7 @@ def load_albef(model, state):
     rest["log_temperature"] = rest["log_temperature"].log()
     config = model.image_encoder.config
     config.image_size = 16 * math.isqrt(vit["embeddings.position_embeddings"].shape[1] - 1)
-    config.layer_norm_eps = 1e-6
+    config.layer_norm_eps, config.dtype = 1e-6, torch.float32
     model.image_encoder, report = type(model.image_encoder).from_pretrained(
         None, config=config, state_dict=vit, output_loading_info=True, add_pooling_layer=False)
     rest |= {f"image_encoder.{name}": t for name, t in model.image_encoder.state_dict().items()}
@@ -911,8 +911,8 @@ def argument_parser():
     add("--output", help="folder to write to; runs/DATA for training, if not given")
     add("--rerank", type=positive, default=16, help="candidates per query to re-rank")
     add("--dual-weight", type=weight, default=1.0, help="of dual logits, added in re-ranking")
-    add("--data", nargs="+", help="toy (if not given), flickr30k, coco or captions files")
-    add("--images", type=os.path.abspath, help="folder that image paths start from")
+    add("--data", nargs="+", help="toy, flickr30k, coco, captions files; to search, a folder")
+    add("--images", type=os.path.abspath, help="where image paths start, and downloads go")
     add("--augment", action=switch, default=True, help="crop, flip and RandAugment")
     add("--workers", type=whole, default=min(8, os.cpu_count()), help="processes that load images")
     add("--image-model", default="facebook/deit-base-patch16-224", help="transformers name or path")
@@ -976,10 +976,10 @@ def parse_arguments(argv):
     args.data = [name if name in PRESETS else os.path.abspath(name) for name in args.data]
     others = ("train", "evaluate", "search", "checkpoint", "output", "workers", "device")
     args.of_run = {name: value for name, value in vars(args).items() if name not in others}
-    args.rank = int(os.environ.get("RANK", 0))  # torchrun sets both
-    args.processes = int(os.environ.get("WORLD_SIZE", 1))
+    args.rank = dist.get_rank() if dist.is_initialized() else 0
+    args.processes = dist.get_world_size() if dist.is_initialized() else 1
     if args.train and last.exists():
-        stored = checkpoint.get("options", {})  # a foreign last.pt has none, and fails later
+        stored = checkpoint.get("options", {}) | {"images": args.images}  # these may have moved
         other = {name: value for name, value in stored.items() if value != args.of_run.get(name)}
         if other:
             raise InputError(f"choose another --output: {args.output} holds a run with {other}")
@@ -1007,7 +1007,7 @@ def main(argv=None):
         # One process of each machine draws and downloads what the others then find.
         with torch_distributed_zero_first(int(os.environ.get("LOCAL_RANK", -1))):
             args, checkpoint = parse_arguments(argv)
-            if args.data == ["toy"]:  # drawn first, since it configures the backbones, too
+            if args.data == ["toy"] and Path(args.images).name == "toy":  # with its backbones
                 args.data = [make_toy_dataset(args.images)]
             torch.manual_seed(args.seed)
             model, tokenizer = build_model(

@@ -354,7 +354,8 @@ def test_embeddings_have_unit_length_and_contract_shapes():
 
 def test_bf16_is_the_default_except_on_a_cpu(here):
     folder = Path("data/toy")
-    for device, bf16, enabled in (("cpu", None, False), ("cpu", True, True), ("meta", None, True),
+    for device, bf16, enabled in (("cpu", None, False), ("cpu:0", None, False),
+                                  ("cpu", True, True), ("meta", None, True),
                                   ("meta", False, False)):
         model, _ = loopitr.build_model(folder / "image-model", folder / "text-model", 48,
                                        scratch=True, bf16=bf16, device=device)
@@ -558,6 +559,7 @@ def test_the_rows_of_one_image_are_joined(tmp_path):
 @pytest.mark.parametrize("name, content", [
     ("a.json", {"pictures": []}), ("a_train.json", {"images": [3]}), ("a.json", 5),
     ("nothing.json", [{"image": "a.jpg", "caption": "x"}]),
+    ("a_val.json", [{"image": "a.jpg", "caption": " "}]),
     ("a.json", {"images": [{"filename": "a", "split": "val", "sentences": None}]})])
 def test_a_file_of_another_form_is_named(tmp_path, name, content):
     with pytest.raises(loopitr.InputError, match=name):
@@ -800,6 +802,12 @@ def test_a_finished_run_is_only_tested_again(here, trained, capsys, tmp_path):
     assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
     assert [line["split"] for line in log_of(tmp_path / "run", "split")] == [
         "val", "val", "test", "test"]
+    content = torch.load(tmp_path / "run" / "last.pt")
+    content["options"]["images"] = "/before/it/was/moved"
+    torch.save(content, tmp_path / "run" / "last.pt")
+    assert loopitr.main(command(tmp_path / "run")) == 0
+    torch.save({"a": torch.zeros(1)}, tmp_path / "run" / "best.pt")
+    fails(capsys, command(tmp_path / "run"), "best.pt is damaged, or no checkpoint")
 
 
 def table_of(output):
@@ -1052,6 +1060,8 @@ def test_search_in_a_folder_of_photos(here, trained, tmp_path, capsys):
                              "--output", str(tmp_path / "out")]) == 0
         lines = capsys.readouterr().out.splitlines()[1:-1]
         assert len(lines) == count and all("photos" in line for line in lines)
+    fails(capsys, ["--search", "a ring", "--checkpoint", trained[0] / "best.pt", "--data",
+                   tmp_path / "photos", tmp_path / "photos" / "more"], "photos")  # not one alone
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1112,6 +1122,8 @@ def test_errors_of_captions_and_images(here, tmp_path, capsys):
     train = [*command(tmp_path / "out"), *own_data("")][:-1]
     fails(capsys, [*train, tmp_path / "none.json"], "none.json")
     fails(capsys, [*train, "toy", "more.json"], "toy cannot be read as captions")
+    fails(capsys, command(tmp_path / "out", "--images", tmp_path / "photos"), "toy cannot be read")
+    assert not (tmp_path / "photos").exists()  # no scenes are drawn among them
     path = toy_without(here, tmp_path, lambda images: [
         images.remove(entry) for entry in list(images) if entry["split"] == "val"])
     fails(capsys, [*train, path], "captions.json: 0 of 0 val images")
@@ -1287,6 +1299,7 @@ def small_config(name, **more):
 
 @pytest.mark.parametrize("kind, name, more, message", [
     ("text", "mpnet", {}, "MPNetModel"), ("text", "deberta", {}, "DebertaModel"),
+    ("text", "bert", {"num_hidden_layers": 1}, "few layers"),
     ("text", "distilbert", {"n_layers": 2, "dim": 32, "n_heads": 2}, "cannot load"),
     ("image", "siglip_vision_model", {"image_size": 48}, "CLS"),
     ("image", "vit_mae", {"image_size": 48}, "CLS"),
