@@ -763,9 +763,8 @@ def build_model(image_model, text_model, image_size, checkpoint=None, scratch=Fa
                 backbones.append(backbone)
                 if any("pooler" not in key for key in report["missing_keys"]):
                     raise InputError(f"{name} has no weights for {report['missing_keys']}")
-        half = backbones[1].config.num_hidden_layers // 2
         bf16 = torch.device(device).type != "cpu" if bf16 is None else bf16
-        model = LoopITR(*backbones, half, bf16=bf16).float()
+        model = LoopITR(*backbones, backbones[1].config.num_hidden_layers // 2, bf16=bf16).float()
         if ours:
             model.load_state_dict(checkpoint["model"])
         elif checkpoint:
@@ -979,7 +978,8 @@ def parse_arguments(argv):
     args.rank = dist.get_rank() if dist.is_initialized() else 0
     args.processes = dist.get_world_size() if dist.is_initialized() else 1
     if args.train and last.exists():
-        stored = checkpoint.get("options", {}) | {"images": args.images}  # these may have moved
+        moved = {"images": args.images} if preset else {}  # the folder may have moved
+        stored = checkpoint.get("options", {}) | moved
         other = {name: value for name, value in stored.items() if value != args.of_run.get(name)}
         if other:
             raise InputError(f"choose another --output: {args.output} holds a run with {other}")

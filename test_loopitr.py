@@ -954,17 +954,20 @@ def test_presets_and_the_start_decide_defaults_and_help_shows_them(here, capsys,
         assert all(f"'{name}':{value!r}" in text for name, value in preset.items())
 
 
-def test_own_captions_and_frozen_image_encoder_from_saved_backbones(here, tmp_path, monkeypatch):
+def test_own_captions_and_frozen_image_encoder_from_saved_backbones(here, tmp_path, monkeypatch,
+                                                                    capsys):
     """Any Karpathy file with pre-trained backbones in local folders."""
     for kind in ("image", "text"):
         folder = here / "data" / "toy" / f"{kind}-model"
         config = transformers.AutoConfig.from_pretrained(folder)
         transformers.AutoModel.from_config(config).save_pretrained(tmp_path / kind)
     (tmp_path / "text" / "vocab.txt").write_text((folder / "vocab.txt").read_text())
-    assert loopitr.main(command(
+    train = command(
         tmp_path / "run", "--data", "data/toy/captions.json", "--image-model", tmp_path / "image",
         "--text-model", tmp_path / "text", "--image-size", 64, "--workers", 1,
-        "--freeze-image", "--lr", 1e-3)) == 0
+        "--freeze-image", "--lr", 1e-3)
+    assert loopitr.main(train) == 0
+    fails(capsys, [*train, "--images", tmp_path], "holds a run with {'images': None}")
     saved = torch.load(tmp_path / "run" / "best.pt")["model"]
     start = transformers.AutoModel.from_pretrained(tmp_path / "image").state_dict()
     names = [name for name in start if "pooler" not in name]
