@@ -2,8 +2,9 @@
 """LoopITR (https://arxiv.org/abs/2203.05465) in one file.
 
 A dual encoder gives every image and every text one vector; a dot product scores a pair, so it is
-fast. A cross encoder reads an image and a text together, token by token; it must run once for every
-pair, so it is slow but accurate. LoopITR puts both into one network and lets each teach the other:
+fast. A cross encoder reads an image and a text together, token by token; it must run once for
+every pair, so it is slow but accurate. LoopITR puts both into one network, where each teaches the
+other:
 
     image -> image encoder ---+--> [CLS] -> projection --.
              (ViT)            |                           dot product = dual logit
@@ -25,16 +26,18 @@ The function `loop_losses` is one turn of the loop:
     python loopitr.py --data flickr30k --train                  # full size, on a GPU
     python loopitr.py --search "a red circle above a blue square"
 
-The recipe is that of ALBEF (https://arxiv.org/abs/2107.07651), which has both encoders, but no
-feedback. Left out of it: masked language modelling (part of its pre-training), momentum encoders
-and queues (softer targets and more negatives; the loop can be understood without them).
+ALBEF (https://arxiv.org/abs/2107.07651) has steps 1 to 3, with one negative for each query.
+LoopITR draws m of them and adds step 4, which closes the loop. The recipe here is ALBEF's, without
+masked language modelling, which belongs to its pre-training, and without momentum encoders and
+their queues, which give softer targets and more negatives.
 
-The paper's abstract and tables, all that we know of it, leave open: how and from when on to distil;
-the value of m; random negatives first; the learning rate of new layers; warm-up; gradient clipping;
-the strength of augmentation; adding both logits in re-ranking. These are our choices.
+All that we know of the paper is its abstract and its tables. They leave open how and from when on
+to distil, the value of m, whether the first negatives are random, the learning rate of new layers,
+the warm-up, gradient clipping, the strength of the augmentation, and whether both logits are added
+in re-ranking. These are our choices.
 
-Shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text tokens,
-D width, E embedding, Q queries, C candidates, m hard negatives.
+Letters for shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text
+tokens, D width, E size of an embedding, Q queries, C candidates, m hard negatives.
 """
 import argparse
 import json
@@ -47,6 +50,8 @@ import signal
 import sys
 import time
 import urllib.request
+import zipfile
+from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -54,13 +59,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn.functional as F
 import transformers
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFile, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, DistributedSampler
-from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, ViTConfig
@@ -68,13 +73,62 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput
 from transformers.trainer_pt_utils import torch_distributed_zero_first
 
-# What --data toy, flickr30k and coco use instead of the defaults, which stand in `argument_parser`.
-PRESETS = {
+# ----------------------------------------------------------------------------------------- Settings
+
+def number(kind, low, high=1e9):
+    """-> type of an option: a number from low to high, so neither NaN nor infinity."""
+    def convert(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
+        return kind(text)
+    return convert
+
+
+COUNT, WHOLE = number(int, 1), number(int, 0)
+SHARE, WEIGHT = number(float, 0, 1), number(float, 0)
+
+OPTIONS = {  # group: {name: (default, type or choices, meaning)}
+    "the loop": {
+        "negatives": (1, COUNT, "m, hard negatives for each image and for each text"),
+        "sampling": ("softmax", ("softmax", "topk", "random"), "how they are chosen"),
+        "random_first": (0.3, SHARE, "share of training in which they are random instead"),
+        "distill": ("mse", ("none", "kl", "mse", "margin", "label"), "objective, or a control"),
+        "distill_weight": (0.05, WEIGHT, "of distillation in the total loss; 1 suits kl and label"),
+        "distill_temperature": (0.5, number(float, 0.001), "divides teacher's logits; 1 suits kl"),
+        "distill_from": (0.4, SHARE, "share of training before distillation begins"),
+        "matching_weight": (1.0, WEIGHT, "of matching in the total loss"),
+    }, "training": {
+        "init": ("backbones", str, "backbones, scratch, albef, or a checkpoint's path"),
+        "freeze_image": (False, bool, "train no weight of the image encoder"),
+        "epochs": (10, COUNT, "passes over all captions"),
+        "batch_size": (256, COUNT, "captions with their images, of all processes together"),
+        "lr": (1e-5, SHARE, "peak learning rate of pre-trained layers"),
+        "new_lr": (1e-4, SHARE, "peak learning rate of new layers, and of the temperature"),
+        "augment": (True, bool, "crop, flip and RandAugment"),
+        "grad_checkpointing": (False, bool, "less memory, slower"),
+        "seed": (0, WHOLE, "of weights, batches, negatives and augmentation"),
+    }, "evaluation and search": {
+        "checkpoint": (None, str, "what is evaluated or searched with; else runs/DATA/best.pt"),
+        "rerank": (16, COUNT, "candidates of each query that are re-ranked"),
+        "dual_weight": (1.0, WEIGHT, "of the dual logits in re-ranking"),
+    }, "model, files and devices": {
+        "image_model": ("facebook/deit-base-patch16-224", str, "name or folder, for transformers"),
+        "text_model": ("google-bert/bert-base-uncased", str, "a BERT, name or folder"),
+        "image_size": (384, COUNT, "pixels of a side"),
+        "data": (["toy"], list, "toy, flickr30k, coco, captions files; to search, a folder"),
+        "images": (None, str, "folder where image paths start, and downloads go"),
+        "output": (None, str, "folder to write to; in training, else runs/DATA"),
+        "workers": (min(8, os.cpu_count()), WHOLE, "processes that load images"),
+        "device": (str(torch.accelerator.current_accelerator(True) or "cpu"), str, "for torch"),
+        "bf16": (None, bool, "mixed precision; if not given, on accelerators"),
+    }}
+
+PRESETS = {  # what --data toy, flickr30k and coco use instead
     "toy": dict(
         images="data/toy", image_model="data/toy/image-model", text_model="data/toy/text-model",
-        init="scratch",  # `make_toy_dataset` writes configurations of small backbones, no weights
+        init="scratch",  # `make_toy_dataset` writes the settings of small backbones, no weights
         image_size=48, epochs=1, batch_size=64, lr=1e-3, new_lr=1e-3, workers=0,
-        augment=False,  # a flipped scene has its left on the right
+        augment=False,  # in a flipped scene, left would be right
         random_first=0.0),  # on scenes this small, hard negatives work from the start
     "flickr30k": dict(images="data/flickr30k", init="albef", negatives=4, grad_checkpointing=True),
     "coco": dict(images="data/coco", init="albef", negatives=4, grad_checkpointing=True, epochs=5)}
@@ -83,11 +137,62 @@ PRESETS = {
 TRAINED_START = dict(random_first=0.0, distill_from=0.0, new_lr=1e-5)
 
 
-class InputError(Exception):
-    """Something that the user can fix; any function may raise it, `main` prints it as one line."""
-
-
 # -------------------------------------------------------------------------------------- Data loader
+
+class InputError(Exception):
+    """Something that the user can fix; any function may raise it, `run` prints it as one line."""
+
+
+@contextmanager
+def input_errors(problem):
+    """For calls that use a user's file or ask a hub: what they raise becomes an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # damaged and foreign files raise many kinds
+        raise InputError(f"{problem}: {type(error).__name__}: {error}") from error
+
+
+SPLITS = {"train": "train", "restval": "train",  # restval: the rest of COCO's val (Karpathy)
+          "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+
+
+def load_captions(*paths, images=None):
+    """Read captions files -> {"train": {image path: [caption, ..]}, "val": {..}, "test": {..}}.
+
+    Karpathy's  {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}, ...]}, ...]}
+    ALBEF's     [{"image", "caption": string or list}, ...], one file per split, named after it
+    images: the folder that image paths start from; that of the file, if not given."""
+    splits = {"train": {}, "val": {}, "test": {}}
+    for path in map(Path, paths):
+        with input_errors(f"{path} cannot be read as JSON; delete it if it was downloaded, and for "
+                          "a CSV see the six lines under Your own data in the README"):
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            rows = content["images"] if isinstance(content, dict) else content
+        for position, row in enumerate(rows, start=1):
+            with input_errors(f"{path}, row {position}"):
+                if "sentences" in row:
+                    name = row["split"]
+                    image = Path(row.get("filepath", ""), row["filename"])
+                    captions = [sentence["raw"] for sentence in row["sentences"]]
+                else:
+                    name, image, captions = path.stem, row["image"], row["caption"]
+                    captions = [captions] if isinstance(captions, str) else captions
+                words = re.findall("[a-z]+", name.lower())
+                found = {SPLITS[word] for word in words if word in SPLITS}
+                if len(found) != 1:
+                    raise ValueError(f"{name!r} must contain one of the words {', '.join(SPLITS)}")
+                split = found.pop()
+                image = os.path.normpath(Path(images or path.parent, image))
+                if any(image in splits[other] for other in splits.keys() - {split}):
+                    raise ValueError(f"{image} is in the split {split}, and in another one")
+                for caption in captions:
+                    if not caption.strip():
+                        raise ValueError(f"a caption of {image} is blank")
+                    splits[split].setdefault(image, []).append(caption.strip())
+    return splits
+
 
 class RandAugment(v2.RandAugment):
     """ALBEF's operations: torchvision's without Color, Contrast, Posterize and Solarize."""
@@ -97,52 +202,121 @@ class RandAugment(v2.RandAugment):
 
 
 def image_transform(size, augment=False):
-    """PIL image -> tensor (3,size,size). Mean, standard deviation and augmentation are ALBEF's, but
-    for the strength of RandAugment, which torchvision scales in its own way."""
+    """PIL image -> uint8 tensor (3,size,size). Resizing and augmentation are ALBEF's, but for the
+    strength of RandAugment, which torchvision scales in its own way. Bytes, since they are a
+    quarter of floats on their way to the device, where `encode_image` normalises them."""
     bicubic = InterpolationMode.BICUBIC
     steps = [v2.Resize((size, size), bicubic)]
     if augment:
         steps = [v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
                  v2.RandomHorizontalFlip(), RandAugment(num_ops=2, magnitude=7)]
-    return v2.Compose([*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-                       v2.Normalize((0.48145466, 0.4578275, 0.40821073),
-                                    (0.26862954, 0.26130258, 0.27577711))])
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+# What a viewer shows is used: a photo that ends early (as in ALBEF) or has 200 megapixels, too.
+ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = True, None
 
 
 def read_image(path):
-    """-> RGB image, rotated as its EXIF data say"""
+    """-> RGB image as a person sees it: upright, transparent parts white, 16 bits scaled to 8"""
     with input_errors(f"{path} cannot be read as an image"), Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image.load()
+        with suppress(Exception):  # a good picture is not refused for its metadata
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which `convert` would cut off at 255
+            high = 65535 if image.mode[0] == "I" else image.getextrema()[1] or 1
+            image = image.convert("F").point(lambda value: value * (255 / high) + 0)
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 def load_images(paths, transform):
-    """-> pixels (B,3,H,W)"""
-    return torch.stack([transform(read_image(path)) for path in paths])
+    """-> pixels (B,3,H,W), uint8, and the errors of images that cannot be read: {path: error}.
+    Errors are values, since DataLoader would turn an exception into a text with its traceback."""
+    pixels, errors = [], {}
+    for path in paths:
+        try:
+            image = read_image(path)
+        except InputError as error:
+            image, errors[path] = Image.new("RGB", (1, 1)), error
+        pixels.append(transform(image))
+    return torch.stack(pixels), errors
+
+
+def image_loader(items, batch_size, collate, image_size, workers, **options):
+    """-> DataLoader whose `collate` reads images, in as many processes as `workers`"""
+    needed = 2 * workers * batch_size * 3 * image_size ** 2  # two batches wait for each process
+    if os.path.exists("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
+        raise InputError(f"{workers} processes need {needed / 1e9:.1f} GB of /dev/shm, which has "
+                         "less: give --workers 0, or docker's --shm-size")
+    return DataLoader(items, batch_size, collate_fn=collate, num_workers=workers,
+                      worker_init_fn=ignore_signals, **options)
+
+
+def ignore_signals(worker):
+    """A signal that is sent to all processes of a group is answered by the first one alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def tokenize(tokenizer, captions):
     """Captions, cleaned as ALBEF's are -> input_ids (T,L), attention_mask (T,L), L at most 30."""
     marks = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")  # two become blanks, the others vanish
-    captions = [caption.lower().translate(marks) for caption in captions]
-    captions = [" ".join(caption.replace("<person>", "person").split()) for caption in captions]
-    text = tokenizer(captions, padding=True, padding_side="right", truncation=True, max_length=31,
+    cleaned = []
+    for caption in captions:
+        caption = caption.encode(errors="replace").decode()  # half a surrogate pair becomes ?
+        caption = caption.lower().translate(marks).replace("<person>", "person")
+        cleaned.append(" ".join(caption.split()))
+    text = tokenizer(cleaned, padding=True, padding_side="right", truncation=True, max_length=31,
                      return_tensors="pt")
-    # ALBEF's tokenizer adds no [SEP]; ours ends every text with it. Shifting the mask left by one
-    # hides it: of [CLS] a dog [SEP] [PAD], mask 1 1 1 1 0, remain [CLS] a dog [SEP], mask 1 1 1 0.
+    # ALBEF's tokenizer adds no [SEP] at the end of a text, ours does. The mask is moved left by
+    # one place, so that it ends before [SEP]:
+    #     [CLS] a dog [SEP] [PAD]   with mask 1 1 1 1 0   becomes
+    #     [CLS] a dog [SEP]         with mask 1 1 1 0
     return text["input_ids"][:, :-1], text["attention_mask"][:, 1:]
 
 
-def make_batch(pairs, transform, tokenizer):
-    """[(image number, path, caption)] -> the batch that `loop_losses` takes"""
+def make_batch(pairs, transform, tokenizer, epoch_seed):
+    """[(image number, path, caption)] -> the batch that `loop_losses` takes, and errors of images.
+
+    Augmentation is drawn from the batch's own seed, so that it is the same in whichever process,
+    and after however many epochs, the batch is loaded. epoch_seed: a tensor in shared memory."""
     numbers, paths, captions = zip(*pairs)
-    return load_images(paths, transform), *tokenize(tokenizer, captions), torch.tensor(numbers)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(hash((int(epoch_seed), *numbers)))
+        pixels, errors = load_images(paths, transform)
+    return [pixels, *tokenize(tokenizer, captions), torch.tensor(numbers)], errors
+
+
+def check_texts(tokenizer, captions_of):
+    """Say what {image path: captions} lose in training; raise an error if most words are unknown."""
+    images_with = Counter()  # caption -> number of images that have it
+    for captions in captions_of.values():
+        images_with.update(set(captions))
+    sample = list(images_with)[::len(images_with) // 10_000 + 1]
+    input_ids, mask = tokenize(tokenizer, sample)
+    tokens = int(mask.sum()) - len(sample)  # without [CLS]
+    unknown = int((input_ids[mask.bool()] == tokenizer.unk_token_id).sum())
+    if tokens <= 2 * unknown:
+        raise InputError(f"{unknown} of {tokens} tokens of the captions are unknown to the tokenizer")
+    cut, shared = (mask.sum(1) == 30).float().mean(), [n for n in images_with.values() if n > 1]
+    print(f"texts: {unknown / tokens:.1%} of tokens unknown; {cut:.1%} of captions reach 30 tokens, "
+          f"and are cut there; {len(shared):,} of {len(images_with):,} belong to several images")
 
 
 # -------------------------------------------------------------------------------------------- Model
 
+# cuDNN's attention, which torch prefers on new GPUs, plans anew for each shape of its inputs, and
+# here nearly each call has its own: on an H200, re-ranking took 7.2 s with it, and 0.9 s without.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 class Attention(nn.Module):
-    """Multi-head attention with BERT's residual and norm after it, and with BERT's names for its
-    parts, so that pre-trained weights load. Attention weights are not dropped out (ours)."""
+    """Multi-head attention, then BERT's residual connection and norm. `self` and `output` are
+    BERT's names of the parts, so that its weights load. Attention weights are not dropped out
+    (ours)."""
 
     def __init__(self, config, source_width):
         super().__init__()
@@ -153,26 +327,39 @@ class Attention(nn.Module):
                                    "value": nn.Linear(source_width, width)})
         self.output = BertSelfOutput(config)
 
-    def forward(self, x, source, mask=None, places=None):
-        """x (P,L or 1,D) attends to source -> like x. Self-attention: source (P,L,D) is text, read
-        where mask (P,1,1,L) is True. Cross-attention: source (I,N,D) is images, and places = (row
-        (P,), column (P,), number of columns) puts the pairs into a table with a row per image."""
-        query = self.self["query"](x)
-        key, value = self.self["key"](source), self.self["value"](source)
-        if places is not None:
-            # All texts paired with an image form one long query to it. So its keys and values, most
-            # of the work at 577 tokens, are projected once and never copied per pair. Cells that no
-            # pair fills are computed in vain: many, if one image has far more texts than others.
-            row, column, columns = places
-            table = query.new_zeros(len(source), columns, *query.shape[1:])
-            table[row, column] = query
-            query = table.flatten(1, 2)  # (I,columns*L,D)
+    def forward(self, x, source, mask):
+        """x (P,L,D) attends to source (P,S,D) where mask (P,1,1,S) is True -> like x"""
+        return self.output(self.attend(self.self.query(x), source, mask), x)
+
+    def attend(self, query, source, mask=None):
+        """query (P,L,D), source (P,S,D) -> the mean of the values that each query looks at"""
+        key, value = self.self.key(source), self.self.value(source)
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-                             for part in (query, key, value))  # (P or I,heads,tokens,D/heads)
+                             for part in (query, key, value))  # (P,heads,L or S,D/heads)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        attended = attended.transpose(1, 2).flatten(2)
-        if places is not None:
-            attended = attended.view_as(table)[row, column]  # like x again
+        return attended.transpose(1, 2).flatten(2)  # (P,L,D)
+
+
+class CrossAttention(Attention):
+    """Attention from the texts of P pairs to their images, which many pairs share.
+
+    The simple way would repeat each image's tokens for each of its texts. Here all texts of an
+    image form one long query to it, so that keys and values, most of the work at 577 tokens, are
+    computed once for the image. Say image 0 is paired with texts 3 and 5, image 1 with text 4.
+    The three texts are put into a table with a row for each image, here of 2 columns, in the
+    slots [0, 1, 2], counted row by row:
+
+        image 0:  text 3, text 5
+        image 1:  text 4, nothing
+    """
+
+    def forward(self, x, image_tokens, slot, columns):
+        """x (P,L,D) in the slots slot (P,) attends to image_tokens (rows,N,D) -> like x"""
+        query = self.self.query(x)
+        rows, (_, length, width) = len(image_tokens), query.shape
+        table = query.new_zeros(rows * columns, length, width).index_copy(0, slot, query)
+        attended = self.attend(table.view(rows, columns * length, width), image_tokens)
+        attended = attended.view_as(table).index_select(0, slot)  # (P,L,D) again
         return self.output(attended, x)
 
 
@@ -182,25 +369,31 @@ class CrossLayer(nn.Module):
     def __init__(self, config, image_width):
         super().__init__()
         self.attention = Attention(config, config.hidden_size)
-        self.crossattention = Attention(config, image_width)
+        self.crossattention = CrossAttention(config, image_width)
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    def forward(self, x, text, mask, image_tokens, places):
-        """x: all tokens of text (P,L,D), or only the first (P,1,D) -> like x"""
+    def forward(self, x, text, mask, image_tokens, slot, columns):
+        """x: all tokens of text (P,L,D), or only its first (P,1,D) -> like x"""
         x = self.attention(x, text, mask)
-        x = self.crossattention(x, image_tokens, places=places)
+        x = self.crossattention(x, image_tokens, slot, columns)
         return self.output(self.intermediate(x), x)
 
 
 class LoopITR(nn.Module):
-    """The shared network: a transformers vision model, [CLS] first, and a BertModel, whose layers
-    from `text_layers` on become the cross encoder (ALBEF). bf16: mixed precision."""
+    """The shared network: a transformers vision model whose first token is [CLS], and a BertModel,
+    whose layers from `text_layers` on, half of them, become the cross encoder (ALBEF).
 
-    def __init__(self, image_encoder, text_encoder, text_layers, embedding=256, bf16=False):
+    embedding: E; image_size: pixels of a side, for who loads images; bf16: mixed precision"""
+
+    def __init__(self, image_encoder, text_encoder, text_layers=None, embedding=256,
+                 image_size=384, bf16=False):
         super().__init__()
+        if not hasattr(getattr(text_encoder, "encoder", None), "layer"):
+            raise InputError(f"the text model, {type(text_encoder).__name__}, is no BERT")
         bert, image_width = text_encoder.config, image_encoder.config.hidden_size
         layers = text_encoder.encoder.layer
+        text_layers = len(layers) // 2 if text_layers is None else text_layers
         text_encoder.encoder.layer, upper = layers[:text_layers], layers[text_layers:]
         image_encoder.pooler = text_encoder.pooler = None  # [CLS] is projected as it is
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
@@ -209,12 +402,19 @@ class LoopITR(nn.Module):
         self.cross_encoder = nn.ModuleList(CrossLayer(bert, image_width) for _ in upper)
         # Only cross-attention, which a plain BERT lacks, may keep its random weights.
         missing, unknown = self.cross_encoder.load_state_dict(upper.state_dict(), strict=False)
-        if text_layers < 1 or unknown or any("cross" not in name for name in missing):
+        filled = all("crossattention" in name for name in missing)
+        if text_layers < 1 or unknown or not filled:
             raise InputError(f"{type(text_encoder).__name__} has few layers, or others than BERT's")
         self.match_head = nn.Linear(bert.hidden_size, 1)
         # ALBEF's 0.07, learned as a logarithm, so that it stays positive without clamping.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
-        # In the encoders alone: scores rounded to bf16 would tie by the dozen.
+        # ALBEF's mean and standard deviation of red, green and blue, for pixels from 0 to 255.
+        mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(deviation).view(3, 1, 1), persistent=False)
+        self.image_size = image_size
+        # Autocast covers only the layers of the encoders: rounded to bf16, many scores would tie.
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.autocast = partial(torch.autocast, dtype=torch.bfloat16, enabled=bf16)
 
     @property
@@ -229,6 +429,7 @@ class LoopITR(nn.Module):
 
     def recompute_activations(self):
         """Of each layer, keep only the input for the backward pass, and compute the rest again."""
+        # By replacing `forward`, transformers' layers and ours are treated alike.
         for layer in self.modules():
             if isinstance(layer, (CrossLayer, GradientCheckpointingLayer)):  # transformers' layers
                 layer.forward = partial(recompute, layer.forward, use_reentrant=False)
@@ -238,11 +439,14 @@ class LoopITR(nn.Module):
         return loop_losses(self, batch, **options)
 
     def encode_image(self, pixels):
-        """pixels (B,3,H,W) -> tokens (B,N,D), unit embedding (B,E), at any H and W"""
+        """pixels (B,3,H,W), from 0 to 255, bytes or floats, at any H and W -> tokens (B,N,D), bf16
+        in mixed precision, and unit embedding (B,E)"""
         with self.autocast(self.device.type):
+            pixels = (pixels - self.mean) / self.std
             output = self.image_encoder(pixels, interpolate_pos_encoding=True)
-            tokens = output.last_hidden_state.float()
-        return tokens, F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+        tokens = output.last_hidden_state
+        cls = tokens[:, 0].float().clone()  # a copy, so that not all tokens are kept for backward
+        return tokens.to(self.dtype), F.normalize(self.image_projection(cls), dim=-1)
 
     def encode_text(self, input_ids, attention_mask):
         """input_ids (B,L), attention_mask (B,L) -> tokens (B,L,D), unit embedding (B,E)"""
@@ -250,24 +454,39 @@ class LoopITR(nn.Module):
             tokens = self.text_encoder(input_ids, attention_mask).last_hidden_state.float()
         return tokens, F.normalize(self.text_projection(tokens[:, 0]), dim=-1)
 
-    def match(self, image_tokens, text_tokens, attention_mask, image_index, text_index):
-        """The cross encoder -> match logits (P,): the log-odds that each pair belongs together.
+    def match(self, image_tokens, text_tokens, attention_mask, wanted=None):
+        """The cross encoder -> match logits (I,T): the log-odds that a text is the image's own, and
+        not one of the negatives that were drawn for it in training.
 
-        image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L); pair p is image
-        image_index[p] with text text_index[p]. Pairs may come in any order, at least one."""
-        image_tokens = image_tokens.float()  # evaluation keeps tokens in half precision
-        # Not [text_index], whose backward pass adds up in another order each time, on a CPU.
-        text = text_tokens.index_select(0, text_index).float()
-        mask = attention_mask[text_index].bool()[:, None, None]  # the same for all heads, queries
-        # In `Attention`'s table, each image has a row, its pairs columns: [0, 1, 0] -> [0, 0, 1].
-        column = (image_index[:, None] == image_index).tril(-1).sum(1)
-        places = (image_index, column, int(column.max()) + 1)
+        image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L)
+        wanted (I,T), bool: the pairs to compute; 0 for the others. All, if it is not given."""
+        if wanted is None:
+            wanted = torch.ones(len(image_tokens), len(text_tokens), dtype=bool, device=self.device)
+        image_index, text_index = wanted.nonzero(as_tuple=True)  # P pairs, sorted by image
+        # Where is each pair in the table of `CrossAttention`? An image with more than twice as many
+        # texts as is usual gets several rows, so that the others' rows have few empty places.
+        texts = wanted.sum(1)  # (I,): how many texts each image is paired with
+        usual = math.ceil(len(text_index) / max(1, int((texts > 0).sum())))
+        columns = max(1, min(int(texts.max()), 2 * usual))
+        rows = (texts + columns - 1) // columns  # (I,)
+        first_row = rows.cumsum(0) - rows
+        number = wanted.cumsum(1)[image_index, text_index] - 1  # 0, 1, .. among its image's pairs
+        slot = first_row[image_index] * columns + number
+        # Evaluation keeps image tokens in half precision, and on the host.
+        image_tokens = image_tokens.to(self.device, self.dtype).repeat_interleave(rows, 0)
+
+        # index_select, because the backward pass of text_tokens[text_index] is not deterministic.
+        text = text_tokens.index_select(0, text_index).float()  # (P,L,D)
+        mask = attention_mask[text_index].bool()[:, None, None]  # (P,1,1,L)
         with self.autocast(self.device.type):
-            for layer in self.cross_encoder:
-                # The match head reads only [CLS], so the last layer computes only [CLS].
-                x = text[:, :1] if layer is self.cross_encoder[-1] else text
-                text = layer(x, text, mask, image_tokens, places)
-        return self.match_head(text[:, 0].float()).squeeze(1)
+            for layer in self.cross_encoder[:-1]:
+                text = layer(text, text, mask, image_tokens, slot, columns)
+            # The match head reads only [CLS], so the last layer computes nothing else.
+            last = self.cross_encoder[-1]
+            cls = last(text[:, :1], text, mask, image_tokens, slot, columns)
+        logits = torch.zeros(wanted.shape, device=self.device)
+        logits[image_index, text_index] = self.match_head(cls.float()).flatten()
+        return logits
 
 
 # ------------------------------------------------------------------------ Hard negatives and losses
@@ -284,7 +503,14 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
     # noise are an exact draw of m without replacement from the softmax of the logits. ALBEF's
     # torch.multinomial needs probabilities, which underflow at low temperatures.
     noise = -torch.empty_like(similarity, dtype=torch.float32).exponential_().log()
-    scores = {"softmax": similarity + noise, "topk": similarity, "random": noise}[strategy]
+    if strategy == "softmax":
+        scores = similarity + noise
+    elif strategy == "topk":
+        scores = similarity
+    elif strategy == "random":
+        scores = noise
+    else:
+        raise ValueError(f"unknown strategy {strategy!r}")
     # Before the softmax, since positives that are zeroed after it (ALBEF) can leave a row of zeros.
     scores = scores.masked_fill(is_positive, -torch.inf)
     fewest = int((~is_positive).sum(1).min())
@@ -315,13 +541,17 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
     student, teacher (Q,1+m): dual and match logits, the positive in column 0 -> scalar, mean over
     queries (mse, margin: and over candidates). The teacher's logits are divided by `temperature`.
     objective: kl, mse, margin, label or none: our choices, as the defaults, which training uses."""
-    # Detached: the student must not teach its teacher. Trained on negatives that the dual encoder
-    # draws, the teacher learns only what dual logits do not say yet (see `rerank`): its logits are
-    # a correction, not a target, hence the small weight. Temperature 0.5 was chosen by trial.
-    teacher = teacher.detach() / temperature
+    # The teacher saw only negatives that the dual encoder drew, so its logits say what the dual
+    # logits do not say yet (see `rerank`), and what it believes of a pair is dual + match. We still
+    # let the dual logits approach the match logits alone, with a small weight: a pull in the right
+    # direction, not a value to reach. The sum as a target was tried and was no better.
+    teacher = teacher.detach() / temperature  # detached: the student must not teach its teacher
     if objective == "none" or student.shape[1] == 1:  # without negatives there is nothing to learn
         return student.new_zeros(())
-    if objective == "kl":  # KL(softmax(teacher) || softmax(student)): as Hinton, 1503.02531
+    if objective == "kl":
+        # KL(softmax(teacher) || softmax(student)). Hinton (1503.02531) divides the student's logits
+        # by the temperature, too, and multiplies the loss by its square. Not here: the dual logits
+        # have a learned temperature of their own, and a constant factor belongs to the weight.
         return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
     if objective == "mse":  # rows are centred: adding a constant does not change a ranking
         return F.mse_loss(student - student.mean(1, keepdim=True),
@@ -346,36 +576,38 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     image_tokens, image_embedding = model.encode_image(pixels)
     text_tokens, text_embedding = model.encode_text(input_ids, attention_mask)
 
-    # 1. Contrastive loss over the batches of all processes, which `gather` joins. The image decides
-    # what is a positive, not the row: two captions of one image in a batch are both right.
-    all_ids = gather(image_ids)
-    logits = gather(image_embedding) @ gather(text_embedding).T / model.temperature
+    # 1. Contrastive loss over the batches of all processes. The image decides what is a positive,
+    # not the row: two captions of one image in a batch are both right.
+    all_ids = gather_from_all(image_ids)
+    all_images, all_texts = gather_from_all(image_embedding), gather_from_all(text_embedding)
+    logits = all_images @ all_texts.T / model.temperature
     contrastive = contrastive_loss(logits, all_ids[:, None] == all_ids)
 
     # 2. Dual -> cross: the dual logits of this process choose m hard texts for each image and m
-    # hard images for each text. These logits give the temperature no gradient: distillation would
-    # lower it until they spread as widely as the teacher's; at a lower temperature the negatives
-    # that are drawn are harder; and to tell those apart the teacher spreads its logits further.
+    # hard images for each text. A query's candidates are its own partner, in front, and these.
+    # The dual logits give the temperature no gradient: distillation would lower it until they
+    # spread as widely as the teacher's. At a lower temperature harder negatives are drawn, and to
+    # tell those apart, the teacher spreads its logits even further.
     dual_logits = image_embedding @ text_embedding.T / model.temperature.detach()  # (B,B)
     is_positive = image_ids[:, None] == image_ids
     hard_texts = sample_hard_negatives(dual_logits, is_positive, negatives, sampling)  # (B,m)
     hard_images = sample_hard_negatives(dual_logits.T, is_positive.T, negatives, sampling)
+    own = torch.arange(len(image_ids), device=image_ids.device)[:, None]
+    texts = torch.cat([own, hard_texts], dim=1)  # (B,1+m): each image's candidates
+    images = torch.cat([own, hard_images], dim=1)  # (B,1+m): each text's candidates
 
-    # 3. One pass of the cross encoder over B true pairs, B * m hard texts and B * m hard images.
-    m = hard_texts.shape[1]
-    rows = torch.arange(len(image_ids), device=image_ids.device)
-    repeated = rows.repeat_interleave(m)
-    image_index = torch.cat([rows, repeated, hard_images.flatten()])
-    text_index = torch.cat([rows, hard_texts.flatten(), repeated])
-    match_logits = model.match(image_tokens, text_tokens, attention_mask, image_index, text_index)
-    matching = matching_loss(match_logits, is_positive[image_index, text_index])
+    # 3. One pass of the cross encoder over all pairs of a query and a candidate. The loss counts a
+    # pair as often as it was drawn (ALBEF): B own pairs, B * m hard texts, B * m hard images.
+    nothing = torch.zeros_like(is_positive)
+    wanted = nothing.scatter(1, texts, True) | nothing.scatter(1, images, True).T  # (B,B)
+    match_logits = model.match(image_tokens, text_tokens, attention_mask, wanted)  # (B,B)
+    teacher = torch.cat([match_logits.gather(1, texts), match_logits.T.gather(1, images)])
+    own_pairs, hard_pairs = match_logits.diag(), teacher[:, 1:].flatten()
+    labels = torch.cat([torch.ones_like(own_pairs), torch.zeros_like(hard_pairs)])
+    matching = matching_loss(torch.cat([own_pairs, hard_pairs]), labels)
 
-    # 4. Cross -> dual: both encoders' logits of the same candidates, (2B,1+m), the positive first:
-    # B images that look for their text, then B texts that look for their image.
-    hard_match = match_logits[len(rows):].view(2 * len(rows), m)
-    teacher = torch.cat([match_logits[:len(rows)].repeat(2)[:, None], hard_match], dim=1)
-    hard_dual = torch.cat([dual_logits.gather(1, hard_texts), dual_logits.T.gather(1, hard_images)])
-    student = torch.cat([dual_logits.diag().repeat(2)[:, None], hard_dual], dim=1)
+    # 4. Cross -> dual: both encoders' logits of the same candidates, (2B,1+m).
+    student = torch.cat([dual_logits.gather(1, texts), dual_logits.T.gather(1, images)])
     distillation = distillation_loss(student, teacher, objective, distill_temperature)
     return {"contrastive": contrastive, "matching": matching, "distillation": distillation,
             "dual_recall": (student[:, :1] > student[:, 1:]).all(1).float().mean(),
@@ -383,77 +615,130 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
             "temperature": model.temperature.detach()}
 
 
+def gather_from_all(x):
+    """x (B,..) of this process -> (processes * B,..) of all, with gradient; B is equal in all.
+
+    All processes compute the same loss of the whole, and the backward pass of all_gather adds up
+    their gradients, processes times the right one. DistributedDataParallel, which averages what
+    each process sends into its own part of the network, brings that back to once."""
+    if not dist.is_initialized():
+        return x
+    return torch.cat(torch.distributed.nn.all_gather(x))
+
+
 # ----------------------------------------------------------------------------------------- Training
 
 def make_optimizer(model, lr, new_lr):
     """AdamW; weight decay 0.02, none for biases and norms (ALBEF). Layers without pre-trained
     weights, and the temperature, learn at the peak rate new_lr, all others at lr (ours)."""
-    groups = []
+    groups = {}  # (peak rate, weight decay) -> parameters
     for name, parameter in model.named_parameters():
-        new = re.search("crossattention|_projection|match_head|temperature", name)
-        groups.append(dict(params=[parameter], peak=new_lr if new else lr,
-                           weight_decay=0.02 if parameter.ndim > 1 else 0.0))
-    return torch.optim.AdamW(groups, fused=True)
+        is_new = re.search("crossattention|_projection|match_head|temperature", name)
+        rate = new_lr if is_new else lr
+        decay = 0.02 if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW([dict(params=parameters, peak=rate, weight_decay=decay)
+                              for (rate, decay), parameters in groups.items()], fused=True)
 
 
-def train(model, tokenizer, splits, args, checkpoint=None):
+def lr_factor(step, steps):
+    """Share of the peak rate: a linear warm-up over 100 steps, at most a tenth of all steps (ours),
+    then a cosine down to a tenth (ALBEF)."""
+    warmup = min(100, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * step / steps)
+
+
+def train(model, tokenizer, splits, args):
     """Train, and keep two checkpoints in --output: best.pt is the best epoch on val, with which the
-    model ends, last.pt the one to go on from. If there is one, `checkpoint` is its content."""
+    model ends, last.pt the one to go on from (args.resume)."""
+    model.image_encoder.requires_grad_(not args.freeze_image)
+    if args.grad_checkpointing:
+        model.recompute_activations()
     pairs = []  # (image number, path, caption)
     for number, (path, captions) in enumerate(splits["train"].items()):
         pairs += [(number, path, caption) for caption in captions]
     share, rest = divmod(args.batch_size, args.processes)
-    if rest or not args.negatives < share <= len(pairs) // args.processes:
+    if rest or share <= args.negatives or share > len(pairs) // args.processes:
         raise InputError(f"--batch-size {args.batch_size} does not fit {len(pairs)} captions: each "
                          f"process needs an equal share, more than --negatives {args.negatives}")
+    epoch_seed = torch.zeros(1, dtype=torch.long).share_memory_()
+    collate = partial(make_batch, transform=image_transform(args.image_size, args.augment),
+                      tokenizer=tokenizer, epoch_seed=epoch_seed)
     sampler = DistributedSampler(pairs, args.processes, args.rank, seed=args.seed)  # also shuffles
-    transform = image_transform(args.image_size, args.augment)
-    collate = partial(make_batch, transform=transform, tokenizer=tokenizer)  # reads the images
-    loader = DataLoader(pairs, share, sampler=sampler, num_workers=args.workers, drop_last=True,
-                        collate_fn=collate, pin_memory=args.device == "cuda")
+    loader = image_loader(pairs, share, collate, args.image_size, args.workers, sampler=sampler,
+                          drop_last=True, persistent_workers=args.workers > 0,
+                          pin_memory=model.device.type == "cuda")
     optimizer = make_optimizer(model, args.lr, args.new_lr)
-    # Even phases train an epoch, odd ones validate it, so a validation can be repeated alone.
-    state = {"phase": 0, "best": -1.0}  # best: rsum on val
-    if Path(args.output, "last.pt").exists():
-        with input_errors(f"{args.output}/last.pt is damaged"):
+    # An epoch is trained, then validated, and saved after each of both, so that a validation that
+    # was interrupted is repeated alone.
+    state = {"trained": 0, "validated": 0, "best": -1.0}  # epochs; rsum of the best one on val
+    if args.resume:
+        with input_errors(f"{args.output}/last.pt is damaged, or of another version"):
+            checkpoint = load_checkpoint(f"{args.output}/last.pt")
             optimizer.load_state_dict(checkpoint["optimizer"])
             state = {name: checkpoint["state"][name] for name in state}
-    elif args.rank == 0:  # what a checkpoint needs beside it, and the head of the log
-        model.image_encoder.config.save_pretrained(f"{args.output}/image-model")
-        model.text_encoder.config.save_pretrained(f"{args.output}/text-model")
-        tokenizer.save_pretrained(f"{args.output}/text-model")
-        write_log(args, "w", options=args.of_run, processes=args.processes, device=args.device,
-                  torch=torch.__version__, transformers=transformers.__version__)
+            del checkpoint  # several gigabytes
     parallel = model
-    if args.processes > 1:  # some parameters may get no gradient, such as DINOv2's mask token
-        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    for phase in range(state["phase"], 2 * args.epochs):
-        epoch, validating = divmod(phase, 2)
-        if not validating:
-            # All that is random in an epoch follows from these two seeds, whatever happened before.
+    if args.processes > 1:
+        states = [None] * args.processes
+        dist.all_gather_object(states, state)
+        if any(other != state for other in states):
+            raise InputError(f"not all processes see the same files in {args.output}")
+        # Some parameters may get no gradient, such as DINOv2's mask token.
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
+                                                       gradient_as_bucket_view=True)
+    if args.rank == 0:
+        begin_run(model, tokenizer, pairs, len(loader), state, args)
+    while state["validated"] < args.epochs:
+        epoch = state["validated"]
+        if state["trained"] == epoch:
+            # All that is random in an epoch follows from these seeds, whatever happened before.
             sampler.set_epoch(epoch)
-            torch.manual_seed(1_000_000 * args.seed + 1_000 * epoch + args.rank)
+            epoch_seed[0] = 1_000_000 * args.seed + 1_000 * epoch + args.rank
+            torch.manual_seed(int(epoch_seed))
             train_epoch(parallel, loader, optimizer, epoch, args)
-        elif args.rank == 0:  # the others wait in their next `gather`
-            result = evaluate(model, tokenizer, splits["val"], args, "val", epoch)
-            rsum = result["cross" if args.matching_weight else "dual"]["rsum"]  # cross if trained
-            if rsum > state["best"]:
-                state["best"] = rsum
-                save(args, "best.pt", model)
-        state["phase"] += 1
+            state["trained"] += 1
+        else:
+            if args.rank == 0:  # the others wait in their next `gather_from_all`
+                result = evaluate(model, tokenizer, splits["val"], args, "val", epoch)
+                judge = "cross" if args.matching_weight else "dual"  # the cross encoder, if trained
+                if result[judge]["rsum"] > state["best"]:
+                    state["best"] = result[judge]["rsum"]
+                    save(args, "best.pt", model)
+            state["validated"] += 1
         save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
     if args.rank == 0:
         model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
 
 
+def begin_run(model, tokenizer, pairs, steps, state, args):
+    """Say what will be trained; write what a checkpoint needs beside it, and the log's head."""
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{args.output}: {millions:.1f} million parameters from {args.start or args.init}; "
+          f"{len(pairs):,} captions of {pairs[-1][0] + 1:,} images; {args.epochs} epochs of "
+          f"{steps:,} steps, {state['trained']} are trained; {args.device}, {model.dtype}")
+    if steps < 20:
+        print("So few steps an epoch train little: a smaller --batch-size makes more of them.")
+    if not args.resume:
+        model.image_encoder.config.save_pretrained(f"{args.output}/image-model")
+        model.text_encoder.config.save_pretrained(f"{args.output}/text-model")
+        tokenizer.save_pretrained(f"{args.output}/text-model")
+        write_log(args, "w", options=args.recipe, processes=args.processes, device=args.device,
+                  torch=torch.__version__, transformers=transformers.__version__)
+
+
 def train_epoch(model, loader, optimizer, epoch, args):
-    """One pass over all captions. The first process shows a bar, on a terminal (disable=None)."""
+    """One pass over all captions."""
     model.train()
-    bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", disable=args.rank > 0 or None)
-    for step, batch in enumerate(bar, start=epoch * len(loader)):
-        progress = step / (args.epochs * len(loader))
-        # Linear warm-up of 100 steps (ours), then a cosine to a tenth (ALBEF).
-        factor = min((step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * progress))
+    steps, log_every = args.epochs * len(loader), max(1, min(10, len(loader) // 10))
+    bar = tqdm(loader, f"epoch {epoch + 1}", disable=args.rank > 0 or None)  # None: on a terminal
+    last_line = time.monotonic()
+    for step, (batch, errors) in enumerate(bar, start=epoch * len(loader)):
+        if errors:
+            raise next(iter(errors.values()))
+        progress, factor = step / steps, lr_factor(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
         # Fresh cross-attention learns much earlier from random negatives than from hard ones.
@@ -468,14 +753,37 @@ def train_epoch(model, loader, optimizer, epoch, args):
         optimizer.zero_grad()
         loss.backward()
         # At the high rates that new layers need, training can collapse unclipped.
-        if not nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).isfinite():
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        if not norm.isfinite():
             raise InputError(f"loss {loss.item()} or its gradient is not finite, step {step + 1}; "
                              f"{args.output}/last.pt, if there is one, is from before, and good")
         optimizer.step()
-        if step % 10 == 9 and args.rank == 0:
+        waited = time.monotonic() - last_line  # seconds
+        if args.rank == 0 and ((step + 1) % log_every == 0 or waited > 30):
             line = {name: round(value.item(), 5) for name, value in losses.items()}
-            bar.set_postfix(line)
             write_log(args, step=step + 1, epoch=epoch, loss=loss.item(), **line, lr_factor=factor)
+            text = (f"loss {loss.item():.2f}, ITC {line['contrastive']:.2f}, "
+                    f"ITM {line['matching']:.2f}, distill {line['distillation']:.2f}")
+            bar.set_postfix_str(text)
+            if waited > 5:
+                last_line = time.monotonic()
+                if bar.disable:
+                    print(f"epoch {epoch + 1}, step {step + 1} of {steps}: {text}", flush=True)
+
+
+def write_log(args, mode="a", **values):
+    """Append one JSON object to log.jsonl, or begin it anew (mode "w")."""
+    with open(Path(args.output, "log.jsonl"), mode) as log:
+        log.write(json.dumps(values) + "\n")
+
+
+def save(args, name, model, **rest):
+    """Write a checkpoint, in the first process; under another name first, so never half a file."""
+    if args.rank == 0:
+        path = f"{args.output}/{name}"
+        with input_errors(f"{path} cannot be written"):
+            torch.save({"model": model.state_dict(), "options": args.recipe} | rest, f"{path}.part")
+            os.replace(f"{path}.part", path)
 
 
 # --------------------------------------------------------------------------------------- Evaluation
@@ -484,10 +792,12 @@ def recall_at_k(image_to_text, image_of_text, ks=(1, 5, 10), text_to_image=None)
     """Recall in percent: TR@k, image to text, a hit if any caption of the image is among the top
     k; IR@k, text to image; rsum, the sum of all.
 
-    image_to_text (I,T): scores; text_to_image (I,T), if the other direction has its own;
-    image_of_text (T,): the image that each text belongs to -> dict. A wrong candidate counts as
-    ahead if its score equals the best right one's, or is NaN: a constant scorer wins nothing."""
-    text_to_image = image_to_text if text_to_image is None else text_to_image
+    image_to_text (I,T): the scores by which images rank texts; text_to_image (I,T): those by which
+    texts rank images, if they are others; image_of_text (T,): the image that each text belongs to
+    -> dict. A wrong candidate counts as ahead of the best right one if their scores are equal, or
+    one of them is NaN: so a constant scorer wins nothing."""
+    if text_to_image is None:
+        text_to_image = image_to_text
     images = torch.arange(len(image_to_text), device=image_to_text.device)
     is_right = image_of_text.to(images.device) == images[:, None]  # (I,T)
     result = {}
@@ -502,13 +812,19 @@ def recall_at_k(image_to_text, image_of_text, ks=(1, 5, 10), text_to_image=None)
 
 
 @torch.no_grad()
-def encode_images(model, paths, image_size, workers=0, keep_tokens=True):
-    """-> tokens (I,N,D), half precision, on the host (COCO: 4.1 GiB), or None; embeddings (I,E)"""
+def encode_images(model, paths, workers=0, keep_tokens=True, errors=None):
+    """-> tokens (I,N,D), half precision, on the host (COCO: 4.1 GiB), or None; embeddings (I,E)
+
+    errors: gets the errors of images that cannot be read, by path; without it, they are raised."""
     model.eval()
-    load = partial(load_images, transform=image_transform(image_size))
-    loader = DataLoader(paths, 64, num_workers=workers, collate_fn=load)
+    collate = partial(load_images, transform=image_transform(model.image_size))
+    loader = image_loader(paths, 64, collate, model.image_size, workers)
     tokens, embeddings = None, []
-    for number, pixels in enumerate(tqdm(loader, "images", leave=False, disable=None)):
+    for number, (pixels, failed) in enumerate(tqdm(loader, "images", leave=False, disable=None)):
+        if failed and errors is None:
+            raise next(iter(failed.values()))
+        if failed:
+            errors.update(failed)
         part, embedding = model.encode_image(pixels.to(model.device))
         embeddings.append(embedding)
         if keep_tokens and tokens is None:  # filled in place: torch.cat would hold all twice
@@ -536,32 +852,49 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     image_tokens (I,N,D), text_tokens (T,L,D), attention_mask (T,L), dual_scores (I,T) ->
     image_to_text, text_to_image (I,T), on the CPU: match logit + dual_weight * dual score for the
     k best texts of each image, or the k best images of each text; all others below, in dual order.
-    dual_weight is ours: trained on negatives drawn by dual scores, the cross encoder does not learn
-    what the dual scores capture. With fewer pairs_per_pass, less memory is used on the device."""
+    With fewer pairs_per_pass, less memory is used on the device.
+
+    Why dual_weight, which is ours: if true pairs come from a distribution p and the drawn negatives
+    from q, the match logit of a perfectly trained cross encoder is log(p / q). Negatives are drawn
+    from the softmax of the dual scores, so the dual score is log q, up to a constant of the query.
+    The sum of both is log p, which is what candidates should be ranked by."""
     model.eval()
     # All that tie with the k-th best are in, too: if topk left some of them out, a right one could
     # win by luck, and a cross encoder that says nothing would seem to gain.
-    best_texts = dual_scores >= dual_scores.topk(min(k, dual_scores.shape[1]), 1).values[:, -1:]
-    best_images = dual_scores >= dual_scores.topk(min(k, dual_scores.shape[0]), 0).values[-1:]
+    ranked = dual_scores.masked_fill(dual_scores.isnan(), -torch.inf)  # NaN comes last
+    best_texts = dual_scores >= ranked.topk(min(k, ranked.shape[1]), 1).values[:, -1:]
+    best_images = dual_scores >= ranked.topk(min(k, ranked.shape[0]), 0).values[-1:]
     shortlisted = best_texts | best_images  # a pair that is in both is computed once
-    scores = dual_weight * dual_scores  # the match logits of the shortlisted will be added
-    # Captions have about 15 tokens; padded to 30 they would take twice the time. So texts of like
-    # length go together, trimmed to the longest of them.
+    scores = dual_weight * dual_scores
+
+    # In essence: scores += model.match(image_tokens, text_tokens, attention_mask, shortlisted).
+    # This goes in passes, since all pairs at once would need much memory, and each pass in blocks
+    # of texts of like length, trimmed to their longest: captions have about 15 tokens, but are
+    # padded to 30. A pass takes images with like many texts, so that they fill the table of
+    # `CrossAttention`; in each block, an image itself weighs as much as 8 pairs.
     length = attention_mask.sum(1)
-    for texts in length.argsort().chunk(4):
-        longest = int(length[texts].max())
-        passes = shortlisted[:, texts].nonzero().split(pairs_per_pass)  # sorted by image
-        for part in tqdm(passes, "re-ranking", leave=False, disable=None):
-            image_index, text_index = part[:, 0], texts[part[:, 1]]
-            first, last = int(image_index[0]), int(image_index[-1])
-            scores[image_index, text_index] += model.match(
-                image_tokens[first:last + 1].to(scores.device), text_tokens[:, :longest],
-                attention_mask[:, :longest], image_index - first, text_index)
+    blocks = length.argsort().chunk(4)
+    pairs, order = shortlisted.sum(1).sort()
+    number = (pairs / len(blocks) + 8).cumsum(0) // pairs_per_pass  # of a pass: 0, 0, .., 1, 1, ..
+    sizes = number.unique_consecutive(return_counts=True)[1].tolist()
+    bar = tqdm(total=int(pairs.sum()), desc="re-ranking", leave=False, disable=None)
+    for images in order.split(sizes):
+        tokens = image_tokens[images.to(image_tokens.device)].to(model.device)
+        for block in blocks:
+            wanted = torch.zeros_like(shortlisted[images])
+            wanted[:, block] = shortlisted[images][:, block]
+            longest = int(length[block].max())
+            if wanted.any():
+                scores[images] += model.match(tokens, text_tokens[:, :longest],
+                                              attention_mask[:, :longest], wanted)
+            bar.update(int(wanted.sum()))
+    bar.close()
+
     # All others go below; in double precision, since in single the shift could make some equal.
-    scores, dual_scores = scores.cpu().double(), dual_scores.cpu().double()
-    below = dual_scores - dual_scores.max() + scores[shortlisted.cpu()].min() - 1
-    return (torch.where(best_texts.cpu(), scores, below),
-            torch.where(best_images.cpu(), scores, below))
+    lowest = scores[shortlisted].nan_to_num(torch.inf).min().item()
+    below = dual_scores.double() - ranked.max().item() + lowest - 1
+    return (torch.where(best_texts, scores.double(), below).cpu(),
+            torch.where(best_images, scores.double(), below).cpu())
 
 
 @torch.no_grad()
@@ -574,7 +907,7 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     counts = torch.tensor([len(captions_of[path]) for path in paths])
     image_of_text = torch.repeat_interleave(counts)  # [2, 3] -> [0, 0, 1, 1, 1]
     start = time.perf_counter()
-    image_tokens, images = encode_images(model, paths, args.image_size, args.workers)
+    image_tokens, images = encode_images(model, paths, args.workers)
     text_tokens, mask, texts = encode_texts(model, tokenizer, captions)
     dual_logits = images @ texts.T / model.temperature
     dual = recall_at_k(dual_logits, image_of_text)
@@ -595,9 +928,9 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     return result
 
 
+
 # ======================================================= The method ends here. Around it: Data sets
 
-ALBEF = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/ALBEF_4M.pth"
 ROWS = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 CAPTIONS = {"flickr30k": f"{ROWS}/flickr30k", "coco": f"{ROWS}/coco_karpathy"}
 PHOTOS = {  # folder that the captions name -> site that has it as a zip
@@ -606,55 +939,46 @@ PHOTOS = {  # folder that the captions name -> site that has it as a zip
     "val2014": "http://images.cocodataset.org/zips"}
 
 
-def load_captions(*paths, images=None):
-    """Read captions files -> {"train": {image path: [caption, ..]}, "val": {..}, "test": {..}}.
-
-    Karpathy's  {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}, ...]}, ...]}
-    ALBEF's     [{"image", "caption": string or list}, ...], one file per split, named after it
-    images: the folder that image paths start from; that of the file, if not given."""
-    splits = {"train": {}, "val": {}, "test": {}}
-    for path in map(Path, paths):
-        with input_errors(f"{path} cannot be read as captions; ALBEF's is named after its split"):
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
-            for row in content["images"] if isinstance(content, dict) else content:
-                if "sentences" in row:
-                    split = row["split"].replace("restval", "train")  # COCO: the rest of its val
-                    image = Path(row.get("filepath", ""), row["filename"])
-                    captions = [sentence["raw"] for sentence in row["sentences"]]
-                else:
-                    (split,) = set(re.findall("(?<![a-z])(train|val|test)(?![a-z])", path.stem))
-                    image, captions = row["image"], row["caption"]
-                    captions = captions if isinstance(captions, list) else [captions]
-                image = str(Path(images or path.parent, image))
-                if any(image in splits[other] for other in splits.keys() - {split}):
-                    raise ValueError(f"{image} is in the split {split}, and in another one")
-                for caption in captions:
-                    caption.strip().encode()[0]  # fails if it is blank or half a surrogate pair
-                    splits[split].setdefault(image, []).append(caption.strip())
-    return splits
-
-
 def load_splits(args):
-    """-> {split: {image path: captions}}. Of flickr30k and coco, fetch what the command needs."""
+    """-> {split: {image path: captions}}; toy, flickr30k and coco are drawn or fetched first."""
     needed = ("train", "val", "test") if args.train else ("test",)
-    name, files = " ".join(map(str, args.data)), args.data
+    name, files = args.data[0], args.data
+    if args.search and os.path.isdir(name):  # photos without captions
+        return {"test": {path: [] for path in find_photos(name)}}
+    if name == "toy":
+        files = [make_toy_dataset(args.images)]
     if name in CAPTIONS:
         files = [fetch(f"{CAPTIONS[name]}_{split}.json", args.images) for split in needed]
-    if args.search and os.path.isdir(name):  # photos without captions
-        paths = sorted(path for path in Path(name).rglob("*") if is_image_file(path.name))
-        splits = {"test": {str(path): [] for path in paths if path.is_file()}}
-    else:
-        splits = load_captions(*files, images=args.images)
+    splits = load_captions(*files, images=args.images)
     for split in needed:
         images = splits[split]
+        if not images:
+            raise InputError(f"{', '.join(map(str, files))}: there are no captions for {split}")
+        advice = "is --images the folder where their paths start?"
         if name in CAPTIONS:  # only what the captions name: to test on COCO, val2014 alone
             for folder in PHOTOS.keys() & {Path(image).parent.name for image in images}:
                 fetch(f"{PHOTOS[folder]}/{folder}.zip", args.images)
+            advice = "delete their folder, and repeat the command"
         missing = [image for image in images if not os.path.isfile(image)]
-        if missing or not images:
-            raise InputError(f"{name}: {len(missing)} of {len(images)} {split} images are missing "
-                             f"{missing[:1]}: correct --images; if downloaded, delete their folder")
+        if missing:
+            raise InputError(f"{len(missing)} of {len(images)} {split} images are missing, such as "
+                             f"{missing[0]}: {advice}")
     return splits
+
+
+def find_photos(folder):
+    """-> paths of all files in folder, and in folders that it links to, with a picture's ending"""
+    endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    photos, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()  # a link led back
+            continue
+        seen.add(os.path.realpath(place))
+        photos += [f"{place}/{name}" for name in names if Path(name).suffix.lower() in endings]
+    if not photos:
+        raise InputError(f"there are no pictures in {folder}")
+    return sorted(photos)
 
 
 def fetch(url, folder):
@@ -743,76 +1067,109 @@ def draw_scene(rng):
 
 # --------------------------------------------------------------------------------- Starting weights
 
-def build_model(image_model, text_model, image_size, checkpoint=None, scratch=False, bf16=None,
-                device="cpu"):
+ALBEF = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF"
+# Pre-trained on 4 or 14 million images; fine-tuned from one of these for Flickr30K or COCO.
+ALBEF_FILES = ("ALBEF_4M.pth", "ALBEF.pth", "flickr30k.pth", "mscoco.pth")
+DEIT, BERT = "facebook/deit-base-patch16-224", "google-bert/bert-base-uncased"  # ALBEF's backbones
+
+
+def build_model(image_model=DEIT, text_model=BERT, image_size=384, scratch=False, device="cpu",
+                bf16=False):
     """-> LoopITR, tokenizer, from two backbones: names or folders, as transformers takes them. The
-    upper half of the text model becomes the cross encoder (ALBEF). scratch: their weights are
-    not read. checkpoint: what fills the model; ours has configurations and tokenizer beside it."""
-    source = f"{checkpoint['path']} into " if checkpoint else ""
-    ours = checkpoint and "options" in checkpoint
-    if ours:
-        folder = Path(checkpoint["path"]).parent
-        image_model, text_model = f"{folder}/image-model", f"{folder}/text-model"
+    upper half of the text model becomes the cross encoder (ALBEF). scratch: their weights are not
+    read. bf16: mixed precision."""
     backbones = []
-    with input_errors(f"cannot load {source}{image_model} and {text_model} at {image_size} pixels"):
-        for name in (image_model, text_model):
-            if scratch or checkpoint:
+    for name in (image_model, text_model):
+        with input_errors(f"cannot load {name}"):
+            if scratch:
                 backbones.append(AutoModel.from_config(AutoConfig.from_pretrained(name)))
-            else:
-                backbone, report = AutoModel.from_pretrained(name, output_loading_info=True)
-                backbones.append(backbone)
-                if any("pooler" not in key for key in report["missing_keys"]):
-                    raise InputError(f"{name} has no weights for {report['missing_keys']}")
-        bf16 = torch.device(device).type != "cpu" if bf16 is None else bf16
-        model = LoopITR(*backbones, backbones[1].config.num_hidden_layers // 2, bf16=bf16).float()
+                continue
+            backbone, report = AutoModel.from_pretrained(name, output_loading_info=True)
+            backbones.append(backbone)
+            missing = [weight for weight in report["missing_keys"] if "pooler" not in weight]
+            if missing:
+                raise InputError(f"{name} has no weights for {missing}")
+    model = LoopITR(*backbones, image_size=image_size, bf16=bf16).float().to(device)
+    with input_errors(f"{image_model} does not take {image_size} pixels"), torch.no_grad():
+        tokens, _ = model.encode_image(torch.zeros(1, 3, image_size, image_size, device=device))
+    if tokens.shape[1] <= (image_size // model.image_encoder.config.patch_size) ** 2:
+        raise InputError(f"{image_model} gives no [CLS] beside a token for each patch")
+    with input_errors(f"cannot load the tokenizer of {text_model}"):
+        return model, AutoTokenizer.from_pretrained(text_model)
+
+
+def load_model(path, device="cpu", bf16=False, image_size=None, image_model=DEIT, text_model=BERT):
+    """-> LoopITR, tokenizer, from a checkpoint, such as load_model("runs/toy/best.pt").
+
+    Ours has the configurations of its backbones and the tokenizer beside it, and knows its image
+    size. ALBEF's has neither: image_model and text_model name backbones of the same shape, of
+    which only configuration and tokenizer are read."""
+    checkpoint = load_checkpoint(path)
+    ours = "options" in checkpoint
+    if ours:
+        folder = Path(path).parent
+        image_model, text_model = folder / "image-model", folder / "text-model"
+        image_size = image_size or checkpoint["options"]["image_size"]
+    with input_errors(f"cannot load {path} into {image_model} and {text_model}"):
+        backbones = [AutoModel.from_config(AutoConfig.from_pretrained(name))
+                     for name in (image_model, text_model)]
+        model = LoopITR(*backbones, image_size=image_size or 384, bf16=bf16).float()
         if ours:
             model.load_state_dict(checkpoint["model"])
-        elif checkpoint:
+        else:
             load_albef(model, checkpoint["model"])
-        tokens, _ = model.encode_image(torch.zeros(1, 3, image_size, image_size))
-        if tokens.shape[1] <= (image_size // model.image_encoder.config.patch_size) ** 2:
-            raise InputError(f"{image_model} gives no [CLS] beside a token for each patch")
-        tokenizer = AutoTokenizer.from_pretrained(text_model)
-        if tokenizer.tokenize("a") == [tokenizer.unk_token]:
-            raise InputError(f"{text_model} has no vocabulary: every word is an unknown one")
-        return model.to(device), tokenizer
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise InputError(f"{path} has weights that are NaN or infinite")
+        return model.to(device), AutoTokenizer.from_pretrained(text_model)
 
 
 def load_checkpoint(path):
-    """-> content of a checkpoint, ours or ALBEF's (fetched if it is absent), with its "path"."""
-    if Path(path).name == "ALBEF_4M.pth":
-        fetch(ALBEF, Path(path).parent)
-    # Errors are suppressed, since torch's advice is to unpickle everything.
-    with open(path, "rb") as file, suppress(Exception):
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        return content | {"path": str(path), "model": content["model"]}
-    raise InputError(f"{path} is damaged, or no checkpoint of loopitr.py or ALBEF")
+    """-> content of a checkpoint, ours or ALBEF's, which is fetched if it is absent"""
+    if Path(path).name in ALBEF_FILES:
+        fetch(f"{ALBEF}/{Path(path).name}", Path(path).parent)
+    if not os.path.isfile(path):
+        raise InputError(f"there is no checkpoint {path}")
+    try:  # mmap: only what is used is read from the disk
+        content = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content["model"].keys()
+    except Exception:  # torch's own advice would be to unpickle whatever the file holds
+        raise InputError(f"{path} is damaged, or no checkpoint of loopitr.py or ALBEF; if it was "
+                         "downloaded, delete it")
+    return content
 
 
 def load_albef(model, state):
     """Fill model from checkpoint["model"] of ALBEF's .pth files, pre-trained or fine-tuned."""
-    # There -> here, from top to bottom; no other name contains those of the ViT's parts. These get
-    # the names of older transformers, which from_pretrained translates into the installed one's.
-    names = {
-        "text_encoder.bert.": "text_encoder.",  # the pre-trained file's
-        "vision_proj": "image_projection", "text_proj": "text_projection",
-        "itm_head": "match_head", "temp": "log_temperature", "visual_encoder.": "",
-        "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
-        "patch_embed.proj": "embeddings.patch_embeddings.projection", "blocks": "encoder.layer",
-        "norm.": "layernorm.", "norm1": "layernorm_before", "norm2": "layernorm_after",
-        "attn.proj": "attention.output.dense", "attn.qkv": "attention.attention.qkv",
-        "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
-    layers, vit, rest = len(model.text_encoder.encoder.layer), {}, {}
+    # The image encoder's weights get the names that older transformers gave them, and
+    # from_pretrained translates these into those of the installed version.
+    block = r"^visual_encoder\.blocks\.(\d+)\."
+    patterns = {  # of ALBEF's names -> ours
+        r"^visual_encoder\.cls_token": "vit.embeddings.cls_token",
+        r"^visual_encoder\.pos_embed": "vit.embeddings.position_embeddings",
+        r"^visual_encoder\.patch_embed\.proj": "vit.embeddings.patch_embeddings.projection",
+        r"^visual_encoder\.norm": "vit.layernorm",
+        block + "norm1": r"vit.encoder.layer.\1.layernorm_before",
+        block + "norm2": r"vit.encoder.layer.\1.layernorm_after",
+        block + r"attn\.qkv": r"vit.encoder.layer.\1.attention.attention.qkv",
+        block + r"attn\.proj": r"vit.encoder.layer.\1.attention.output.dense",
+        block + r"mlp\.fc1": r"vit.encoder.layer.\1.intermediate.dense",
+        block + r"mlp\.fc2": r"vit.encoder.layer.\1.output.dense",
+        r"^text_encoder\.bert\.": "text_encoder.",  # so it is in the pre-trained files
+        r"^vision_proj\.": "image_projection.", r"^text_proj\.": "text_projection.",
+        r"^itm_head\.": "match_head.", r"^temp$": "log_temperature"}
+    text_layers = len(model.text_encoder.encoder.layer)
     for i in range(len(model.cross_encoder)):
-        names[f"text_encoder.encoder.layer.{layers + i}."] = f"cross_encoder.{i}."
+        upper = rf"^text_encoder\.encoder\.layer\.{text_layers + i}\."
+        patterns[upper] = f"cross_encoder.{i}."
+    vit, rest = {}, {}
     for name, tensor in state.items():
-        tensors = vit if name.startswith("visual_encoder.") else rest
-        for there, here in names.items():
-            name = name.replace(there, here)
-        tensors[name] = tensor.float()
-    for name in [name for name in vit if "qkv" in name]:
-        for part, tensor in zip(("query", "key", "value"), vit.pop(name).chunk(3)):
-            vit[name.replace("qkv", part)] = tensor
+        for pattern, ours in patterns.items():
+            name = re.sub(pattern, ours, name)
+        tensors = vit if name.startswith("vit.") else rest
+        tensors[name.removeprefix("vit.")] = tensor.float()
+    for name in [name for name in vit if ".qkv." in name]:  # query, key and value in one
+        for part, third in zip(("query", "key", "value"), vit.pop(name).chunk(3)):
+            vit[name.replace("qkv", part)] = third
     for name in ("match_head.weight", "match_head.bias"):
         rest[name] = rest[name].diff(dim=0)  # class 1, the match, minus class 0
     rest["log_temperature"] = rest["log_temperature"].log()
@@ -825,47 +1182,29 @@ def load_albef(model, state):
     # Not strict: there are momentum copies, their queues and the language model's head, too.
     missing = [*report["missing_keys"], *model.load_state_dict(rest, strict=False).missing_keys]
     if missing:
-        raise ValueError(f"it has no weights for {missing}")
+        raise InputError(f"it has no weights for {missing}")
 
 
-# --------------------------------------------------------------- Files, processes, search, pictures
-
-def write_log(args, mode="a", **values):
-    """Append one JSON object to log.jsonl, or begin it anew (mode "w")."""
-    with open(Path(args.output, "log.jsonl"), mode) as log:
-        log.write(json.dumps(values) + "\n")
-
-
-def save(args, name, model, **rest):
-    """Write a checkpoint, in the first process; under another name first, so never half a file."""
-    if args.rank == 0:
-        path = f"{args.output}/{name}"
-        with input_errors(f"{path} cannot be written"):
-            torch.save({"model": model.state_dict(), "options": args.of_run} | rest, f"{path}.part")
-            os.replace(f"{path}.part", path)
-
-
-def gather(x):
-    """x (B,..) of this process -> (processes * B,..) of all, with gradient; B is equal in all."""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    # All compute the same loss of the whole, each the gradient of its own part alone. These must be
-    # summed, and DistributedDataParallel averages: hence x with `processes` times its gradient.
-    parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
-    return torch.cat(parts)
-
+# ------------------------------------------------------------------------------ Search and pictures
 
 @torch.no_grad()
 def search(model, tokenizer, paths, args):
     """Print and draw the dual encoder's top --rerank images for --search, ordered by `rerank`."""
-    embeddings = encode_images(model, paths, args.image_size, args.workers, keep_tokens=False)[1]
+    for word in args.search.split():
+        if tokenizer.unk_token_id in tokenize(tokenizer, [word])[0]:
+            print(f"{word}: unknown to this model's vocabulary")
+    errors = {} if os.path.isdir(args.data[0]) else None  # None: they are raised
+    embeddings = encode_images(model, paths, args.workers, keep_tokens=False, errors=errors)[1]
+    if errors:
+        print(f"{len(errors)} of {len(paths)} files are left out, since they cannot be read")
+        readable = [path not in errors for path in paths]
+        paths, embeddings = [path for path in paths if path not in errors], embeddings[readable]
     text_tokens, mask, text = encode_texts(model, tokenizer, [args.search])
-    dual, best = (embeddings @ text.T / model.temperature).topk(min(args.rerank, len(paths)), 0)
+    dual = embeddings @ text.T / model.temperature  # (I,1)
+    dual, best = dual.topk(min(args.rerank, len(paths)), dim=0)
     paths = [paths[i] for i in best[:, 0].tolist()]
-    image_tokens = encode_images(model, paths, args.image_size, args.workers)[0]
-    scores = rerank(model, image_tokens, text_tokens, mask, dual, len(paths), args.dual_weight)[1]
+    image_tokens = encode_images(model, paths, args.workers)[0]
+    _, scores = rerank(model, image_tokens, text_tokens, mask, dual, len(paths), args.dual_weight)
     print("   score     dual")
     for i in scores[:, 0].argsort(descending=True, stable=True).tolist():
         print(f"{scores[i].item():8.2f} {dual[i].item():8.2f}  {paths[i]}")
@@ -880,161 +1219,175 @@ def draw_retrieval(path, images, texts, image_of_text, dual_logits, scores, coun
     canvas = Image.new("RGB", (10 * cell + 40, 32 + len(shown) * (cell + 30)), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((8, 6), "left: by the dual encoder; right: re-ranked", "black", font_size=16)
-    for y, t in zip(range(32, canvas.height, cell + 30), shown):
-        draw.text((8, y), texts[t], "black", font_size=16)
-        for x, matrix in ((4, dual_logits), (5 * cell + 28, scores)):
-            for i in matrix[:, t].argsort(descending=True, stable=True)[:5].tolist():
+    for row, t in enumerate(shown):
+        y = 32 + row * (cell + 30)
+        draw.text((8, y), texts[t].encode(errors="replace").decode(), "black", font_size=16)
+        for left, matrix in ((4, dual_logits), (5 * cell + 28, scores)):
+            best = matrix[:, t].argsort(descending=True, stable=True)[:5].tolist()
+            for column, i in enumerate(best):
                 image = read_image(images[i]).resize((cell - 8, cell - 8))
                 frame = "limegreen" if i == image_of_text[t] else "white"
-                canvas.paste(ImageOps.expand(image, 4, frame), (x, y + 20))
-                x += cell
+                canvas.paste(ImageOps.expand(image, 4, frame), (left + column * cell, y + 20))
     canvas.save(path)
     print(f"picture {path}")
 
 
 # --------------------------------------------------------------------------------------------- Main
 
+def typed(options):
+    """{"new_lr": 0.1, "augment": False} -> "--new-lr 0.1 --no-augment", as a user types it"""
+    words = []
+    for name, value in options.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words.append(f"--{name} {' '.join(value) if isinstance(value, list) else value}")
+    return " ".join(words)
+
+
 def argument_parser():
-    """All options with their defaults."""
+    """-> parser that gives only what is typed, without defaults"""
+    presets = [f"--data {name}: {typed(preset)}" for name, preset in PRESETS.items()]
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog=f"Other defaults: {PRESETS}; and with a checkpoint as --init: {TRAINED_START}")
-    positive, whole = between(1, kind=int), between(0, kind=int)
-    unit, weight = between(0, 1), between(0)
+        argument_default=argparse.SUPPRESS, usage=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="python loopitr.py --train --negatives 4 --output runs/four\n"
+                    "python loopitr.py --search 'a dog' --data photos --checkpoint runs/x/best.pt",
+        epilog="other defaults:\n  " + "\n  ".join(
+            [*presets, f"a checkpoint as --init: {typed(TRAINED_START)}"]))
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--train", action="store_true", help="train or resume, test the best epoch")
     mode.add_argument("--evaluate", action="store_true", help="test --checkpoint")
     mode.add_argument("--search", metavar="WORDS", help="find test images, or in a folder (--data)")
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--checkpoint", help="to evaluate or search with; runs/DATA/best.pt if not given")
-    add("--output", help="folder to write to; runs/DATA for training, if not given")
-    add("--rerank", type=positive, default=16, help="candidates per query to re-rank")
-    add("--dual-weight", type=weight, default=1.0, help="of dual logits, added in re-ranking")
-    add("--data", nargs="+", help="toy, flickr30k, coco, captions files; to search, a folder")
-    add("--images", type=os.path.abspath, help="where image paths start, and downloads go")
-    add("--augment", action=switch, default=True, help="crop, flip and RandAugment")
-    add("--workers", type=whole, default=min(8, os.cpu_count()), help="processes that load images")
-    add("--image-model", default="facebook/deit-base-patch16-224", help="transformers name or path")
-    add("--text-model", default="google-bert/bert-base-uncased", help="a BERT, name or path")
-    add("--image-size", type=positive, default=384, help="pixels")
-    add("--init", default="backbones", help="backbones, scratch, albef, or path of a checkpoint")
-    add("--freeze-image", action="store_true", help="no gradient for the image encoder")
-    add("--negatives", type=positive, default=1, help="m, hard negatives per image and per text")
-    add("--sampling", choices=("softmax", "topk", "random"), default="softmax", help="of negatives")
-    add("--random-first", type=unit, default=0.3, help="share of training with random negatives")
-    add("--distill", choices=("none", "kl", "mse", "margin", "label"), default="mse",
-        help="objective; label is a control without a teacher")
-    add("--distill-weight", type=weight, default=0.05, help="in the total loss; 1 suits kl, label")
-    add("--distill-temperature", type=between(0.001), default=0.5, help="of teacher; 1 suits kl")
-    add("--distill-from", type=unit, default=0.4, help="share of training before distillation")
-    add("--matching-weight", type=weight, default=1.0, help="in the total loss")
-    add("--epochs", type=positive, default=10, help="passes over all captions")
-    add("--batch-size", type=positive, default=256, help="captions with images, of all processes")
-    add("--lr", type=unit, default=1e-5, help="peak learning rate of the backbones")
-    add("--new-lr", type=unit, default=1e-4, help="peak rate of new layers, and temperature")
-    add("--grad-checkpointing", action=switch, default=False, help="less memory, slower")
-    add("--seed", type=whole, default=0, help="of weights, batches, negatives and augmentation")
-    add("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"),
-        help="as torch names it; the default is this machine's")
-    add("--bf16", action=switch, help="mixed precision; on accelerators if not given")
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, (default, kind, meaning) in options.items():
+            takes = {"type": kind}
+            if kind is bool:
+                takes = {"action": argparse.BooleanOptionalAction}
+            elif kind is list:
+                takes = {"nargs": "+"}
+            elif isinstance(kind, tuple):
+                takes = {"choices": kind}
+            flag = f"--{name.replace('_', '-')}"
+            group.add_argument(flag, help=f"{meaning} (default: {default})", **takes)
     return parser
 
 
-def between(low, high=1e9, kind=float):
-    """-> type of an option: a number from low to high, so neither NaN nor infinity."""
-    def number(text):  # argparse shows this name: "invalid number value: 'few'"
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
-        return kind(text)
-    return number
-
-
 def parse_arguments(argv):
-    """-> args, content of the checkpoint to start from or None. args.of_run: what a run stores."""
-    # Parsed again after each change of defaults. What wins, in training: command line, PRESETS,
-    # TRAINED_START, defaults; in evaluation: command line, the run's options, PRESETS, defaults.
-    parser = argument_parser()
-    args = parser.parse_args(argv)
-    data = args.data or ["toy"]
-    preset, run = PRESETS.get(data[0], {}), f"runs/{Path(data[0]).stem}"
-    last = Path(args.output or run, "last.pt")
-    parser.set_defaults(data=data, output=run if args.train else None, **preset)
-    if args.train:
-        init = parser.parse_args(argv).init
+    """-> args, with an attribute for each option, and start, the checkpoint that the model is
+    loaded from, or None; resume, whether that is the run's own last.pt; recipe, the options that
+    checkpoints store; rank and processes."""
+    given = vars(argument_parser().parse_args(argv))
+    training = "train" in given
+    idle = ["checkpoint"] if training else [*OPTIONS["the loop"], *OPTIONS["training"]]
+    idle = {name: given[name] for name in idle if name in given}
+    if idle:
+        raise InputError(f"{typed(idle)} does nothing here: --train starts from --init, --evaluate "
+                         "and --search use --checkpoint")
+    if not given.get("search", "words").strip():
+        raise InputError("--search needs words")
+    for name in given.keys() & {"images"}:
+        given[name] = os.path.abspath(given[name])
+    for name in given.keys() & {"data"}:
+        given[name] = [x if x in PRESETS else os.path.abspath(x) for x in given[name]]
+    data = given.get("data", ["toy"])
+    preset, output = PRESETS.get(data[0], {}), f"runs/{Path(data[0]).stem}"
+    if data == ["toy"] and "images" in given:  # its backbones lie beside its scenes
+        preset = preset | {"image_model": f"{given['images']}/image-model",
+                           "text_model": f"{given['images']}/text-model"}
+
+    defaults, trained, stored = {}, {}, {}
+    for options in OPTIONS.values():
+        defaults |= {name: default for name, (default, _, _) in options.items()}
+    if training:
+        defaults["output"] = output
+        init = (defaults | preset | given)["init"]
         start = {"backbones": None, "scratch": None, "albef": "data/ALBEF_4M.pth"}.get(init, init)
-        if start:
-            parser.set_defaults(**TRAINED_START | preset)
-        start = last if last.exists() else start
-        checkpoint = load_checkpoint(start) if start else None
+        trained = TRAINED_START if start else {}
     else:
-        checkpoint = load_checkpoint(args.checkpoint or f"{run}/best.pt")
-        parser.set_defaults(**checkpoint.get("options", {}))  # ALBEF's has none
-        if args.data:
-            parser.set_defaults(images=preset.get("images"))  # not those of the run
-    args = parser.parse_args(argv)
-    args.data = [name if name in PRESETS else os.path.abspath(name) for name in args.data]
-    others = ("train", "evaluate", "search", "checkpoint", "output", "workers", "device")
-    args.of_run = {name: value for name, value in vars(args).items() if name not in others}
-    args.rank = dist.get_rank() if dist.is_initialized() else 0
-    args.processes = dist.get_world_size() if dist.is_initialized() else 1
-    if args.train and last.exists():
-        moved = {"images": args.images} if preset else {}  # the folder may have moved
-        stored = checkpoint.get("options", {}) | moved
-        other = {name: value for name, value in stored.items() if value != args.of_run.get(name)}
+        start = given.get("checkpoint", f"{output}/best.pt")
+        stored = load_checkpoint(start).get("options", {})
+        if "data" in given and given["data"] != stored.get("data"):
+            stored = stored | {"images": preset.get("images")}  # other captions, other photos
+    options = defaults | trained | preset | stored | given  # later ones win
+    options["images"] = options["images"] and os.path.abspath(options["images"])
+
+    elsewhere = ("checkpoint", "output", "workers", "device")
+    recipe = {name: options[name] for name in defaults if name not in elsewhere}
+    output = options["output"]
+    resume = training and os.path.exists(f"{output}/last.pt")
+    if resume:
+        start = f"{output}/last.pt"
+        moved = {"images": recipe["images"]} if preset else {}  # the folder may have moved
+        stored = load_checkpoint(start).get("options", {}) | moved
+        other = {name: value for name, value in stored.items() if value != recipe.get(name)}
         if other:
-            raise InputError(f"choose another --output: {args.output} holds a run with {other}")
-    elif args.output and any(Path(args.output).glob("*.pt")):
-        raise InputError(f"nothing may overwrite the run in {args.output}: give another --output")
-    return args, checkpoint
-
-
-@contextmanager
-def input_errors(problem):
-    """Whatever goes wrong inside, where files or models are read, becomes an InputError."""
-    try:
-        yield
-    except Exception as error:  # damaged and foreign files raise many kinds
-        raise InputError(f"{problem}: {type(error).__name__}: {error}") from error
+            raise InputError(f"{output} holds a run with {typed(other)}: choose another --output; "
+                             f"--init {output}/best.pt goes on from its weights")
+    elif output and list(Path(output).glob("*.pt")):
+        raise InputError(f"nothing may overwrite the run in {output}: choose another --output")
+    if options["bf16"] is None:
+        options["bf16"] = torch.device(options["device"]).type != "cpu"
+    here = dict(rank=0, processes=1)
+    if dist.is_initialized():
+        here = dict(rank=dist.get_rank(), processes=dist.get_world_size())
+    modes = dict(train=training, search=given.get("search"))
+    return argparse.Namespace(**options | modes | here, start=start, resume=resume, recipe=recipe)
 
 
 def main(argv=None):
-    """Run the command line -> exit code: 0; 2 for what the user can fix; 130, 143 when stopped."""
+    """Settings, data, model; then training, evaluation or search."""
+    # One process of each machine draws and downloads what the others then find.
+    with torch_distributed_zero_first(int(os.environ.get("LOCAL_RANK", -1))):
+        args = parse_arguments(argv)
+        splits = load_splits(args)
+        torch.manual_seed(args.seed)
+        if args.start:
+            model, tokenizer = load_model(args.start, args.device, args.bf16, args.image_size,
+                                          args.image_model, args.text_model)
+        else:
+            model, tokenizer = build_model(args.image_model, args.text_model, args.image_size,
+                                           args.init == "scratch", args.device, args.bf16)
+    os.makedirs(args.output or ".", exist_ok=True)
+    if args.rank == 0 and not args.search:
+        check_texts(tokenizer, splits["train" if args.train else "test"])
+    if args.train:
+        train(model, tokenizer, splits, args)
+    if args.search:
+        search(model, tokenizer, list(splits["test"]), args)
+    elif args.rank == 0:
+        evaluate(model, tokenizer, splits["test"], args)
+
+
+def run(argv=None):
+    """`main`, and what surrounds it: processes, signals, errors -> exit code: 0; 2 for what the
+    user can fix, said in one line; 130 and 143 when stopped."""
     try:
-        if "RANK" in os.environ:  # torchrun; a download may keep the others waiting for hours
-            dist.init_process_group(timeout=timedelta(hours=12))
+        if "RANK" in os.environ:  # torchrun; a download may keep processes waiting for hours
+            os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+            with input_errors("RANK is set, but the processes do not find each other"):
+                dist.init_process_group(timeout=timedelta(hours=12))
             if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # One process of each machine draws and downloads what the others then find.
-        with torch_distributed_zero_first(int(os.environ.get("LOCAL_RANK", -1))):
-            args, checkpoint = parse_arguments(argv)
-            if args.data == ["toy"] and Path(args.images).name == "toy":  # with its backbones
-                args.data = [make_toy_dataset(args.images)]
-            torch.manual_seed(args.seed)
-            model, tokenizer = build_model(
-                args.image_model, args.text_model, args.image_size, checkpoint,
-                args.init == "scratch", args.bf16, args.device)
-            splits = load_splits(args)
-        os.makedirs(args.output or ".", exist_ok=True)
-        if args.train:
-            model.image_encoder.requires_grad_(not args.freeze_image)
-            if args.grad_checkpointing:
-                model.recompute_activations()
-            train(model, tokenizer, splits, args, checkpoint)
-        if args.search:
-            search(model, tokenizer, list(splits["test"]), args)
-        elif args.rank == 0:
-            evaluate(model, tokenizer, splits["test"], args)
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        main(argv)
         sys.stdout.flush()  # a closed pipe fails here, inside `try`
         if dist.is_initialized():
             dist.destroy_process_group()  # left to the interpreter's exit, it may abort
         return 0
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join((str(error) or repr(error)).split())
-        # From a loader's process comes a traceback, which ends with "InputError: message".
-        print("loopitr:", message.rpartition("InputError: ")[2][:500], file=sys.stderr)
+        # A RuntimeError is torch's word for memory that does not suffice, on a CPU, say, and for a
+        # loader's process that was killed. All others are mistakes of ours.
+        known = "allocate memory|out of memory|DataLoader worker"
+        if type(error) is RuntimeError and not re.search(known, message):
+            raise
+        print("loopitr:", message[:500], file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("loopitr: stopped; repeat the command to go on", file=sys.stderr)
+        print("loopitr: stopped; the same command goes on after the last epoch that was saved",
+              file=sys.stderr)
         return 143 if stop.args else 130  # `terminate` gives an argument, Ctrl-C none
 
 
@@ -1045,5 +1398,7 @@ def terminate(number, frame):
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where loaders fork
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding
     signal.signal(signal.SIGTERM, terminate)
-    sys.exit(main())
+    sys.exit(run())
