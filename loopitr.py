@@ -34,10 +34,11 @@ their queues, which give softer targets and more negatives.
 All that we know of the paper is its abstract and its tables. They leave open how and from when on
 to distil, the value of m, whether the first negatives are random, the learning rate of new layers,
 the warm-up, gradient clipping, the strength of the augmentation, and whether both logits are added
-in re-ranking. These are our choices.
+in re-ranking. These are our choices, marked (ours) below.
 
 Letters for shapes: B images or texts of a batch, I images, T texts, P pairs, N image tokens, L text
-tokens, D width, E size of an embedding, Q queries, C candidates, m hard negatives.
+tokens, S tokens that are attended to, D width, E size of an embedding, H and W pixels, Q queries, C
+candidates, m hard negatives. In an attention_mask, tokens have 1, padding has 0.
 """
 import argparse
 import json
@@ -75,65 +76,67 @@ from transformers.trainer_pt_utils import torch_distributed_zero_first
 
 # ----------------------------------------------------------------------------------------- Settings
 
-def number(kind, low, high=1e9):
-    """-> type of an option: a number from low to high, so neither NaN nor infinity."""
+def number_from(kind, low, high=1e9):
+    """-> what an option may be: a number from low to high, so neither NaN nor infinity"""
     def convert(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
         return kind(text)
-    return convert
+    return {"type": convert}
 
 
-COUNT, WHOLE = number(int, 1), number(int, 0)
-SHARE, WEIGHT = number(float, 0, 1), number(float, 0)
+COUNT, WHOLE = number_from(int, 1), number_from(int, 0)
+SHARE, WEIGHT = number_from(float, 0, 1), number_from(float, 0)
+TEXT, TEXTS, SWITCH = {}, {"nargs": "+"}, {"action": argparse.BooleanOptionalAction}
 
-OPTIONS = {  # group: {name: (default, type or choices, meaning)}
+OPTIONS = {  # group: {name: (default, what it may be, for argparse, meaning)}
     "the loop": {
         "negatives": (1, COUNT, "m, hard negatives for each image and for each text"),
-        "sampling": ("softmax", ("softmax", "topk", "random"), "how they are chosen"),
+        "sampling": ("softmax", {"choices": ("softmax", "topk", "random")}, "how they are chosen"),
         "random_first": (0.3, SHARE, "share of training in which they are random instead"),
-        "distill": ("mse", ("none", "kl", "mse", "margin", "label"), "objective, or a control"),
+        "distill": ("mse", {"choices": ("none", "kl", "mse", "margin", "label")}, "objective"),
         "distill_weight": (0.05, WEIGHT, "of distillation in the total loss; 1 suits kl and label"),
-        "distill_temperature": (0.5, number(float, 0.001), "divides teacher's logits; 1 suits kl"),
+        "distill_temperature": (0.5, number_from(float, 0.001), "of the teacher; 1 suits kl"),
         "distill_from": (0.4, SHARE, "share of training before distillation begins"),
         "matching_weight": (1.0, WEIGHT, "of matching in the total loss"),
     }, "training": {
-        "init": ("backbones", str, "backbones, scratch, albef, or a checkpoint's path"),
-        "freeze_image": (False, bool, "train no weight of the image encoder"),
+        "init": ("backbones", TEXT, "backbones, scratch, albef, or a checkpoint's path"),
+        "freeze_image": (False, SWITCH, "train no weight of the image encoder"),
         "epochs": (10, COUNT, "passes over all captions"),
         "batch_size": (256, COUNT, "captions with their images, of all processes together"),
         "lr": (1e-5, SHARE, "peak learning rate of pre-trained layers"),
         "new_lr": (1e-4, SHARE, "peak learning rate of new layers, and of the temperature"),
-        "augment": (True, bool, "crop, flip and RandAugment"),
-        "grad_checkpointing": (False, bool, "less memory, slower"),
+        "augment": (True, SWITCH, "crop, flip and RandAugment"),
+        "grad_checkpointing": (False, SWITCH, "less memory, slower"),
         "seed": (0, WHOLE, "of weights, batches, negatives and augmentation"),
     }, "evaluation and search": {
-        "checkpoint": (None, str, "what is evaluated or searched with; else runs/DATA/best.pt"),
+        "checkpoint": (None, TEXT, "to evaluate or search with; else runs/DATA/best.pt"),
         "rerank": (16, COUNT, "candidates of each query that are re-ranked"),
         "dual_weight": (1.0, WEIGHT, "of the dual logits in re-ranking"),
     }, "model, files and devices": {
-        "image_model": ("facebook/deit-base-patch16-224", str, "name or folder, for transformers"),
-        "text_model": ("google-bert/bert-base-uncased", str, "a BERT, name or folder"),
+        "image_model": ("facebook/deit-base-patch16-224", TEXT, "a ViT, name or folder"),
+        "text_model": ("google-bert/bert-base-uncased", TEXT, "a BERT, name or folder"),
         "image_size": (384, COUNT, "pixels of a side"),
-        "data": (["toy"], list, "toy, flickr30k, coco, captions files; to search, a folder"),
-        "images": (None, str, "folder where image paths start, and downloads go"),
-        "output": (None, str, "folder to write to; in training, else runs/DATA"),
+        "data": (["toy"], TEXTS, "toy, flickr30k, coco, captions; to search, photos"),
+        "images": (None, TEXT, "folder where image paths start, and downloads go"),
+        "output": (None, TEXT, "folder to write to; in training, else runs/DATA"),
         "workers": (min(8, os.cpu_count()), WHOLE, "processes that load images"),
-        "device": (str(torch.accelerator.current_accelerator(True) or "cpu"), str, "for torch"),
-        "bf16": (None, bool, "mixed precision; if not given, on accelerators"),
+        "device": (str(torch.accelerator.current_accelerator(True) or "cpu"), TEXT, "for torch"),
+        "bf16": (None, SWITCH, "mixed precision; else on accelerators"),
     }}
 
 PRESETS = {  # what --data toy, flickr30k and coco use instead
     "toy": dict(
-        images="data/toy", image_model="data/toy/image-model", text_model="data/toy/text-model",
-        init="scratch",  # `make_toy_dataset` writes the settings of small backbones, no weights
+        images="data/toy", image_model="image-model", text_model="text-model",  # in that folder
+        init="scratch",  # these models are small, and have no weights
         image_size=48, epochs=1, batch_size=64, lr=1e-3, new_lr=1e-3, workers=0,
         augment=False,  # in a flipped scene, left would be right
         random_first=0.0),  # on scenes this small, hard negatives work from the start
     "flickr30k": dict(images="data/flickr30k", init="albef", negatives=4, grad_checkpointing=True),
     "coco": dict(images="data/coco", init="albef", negatives=4, grad_checkpointing=True, epochs=5)}
 
-# With a checkpoint as --init, all parts are trained: none has to wait, one rate suits all (ALBEF).
+# With a checkpoint as --init no layer is new, so that nothing has to wait, and one learning rate is
+# right for all layers (ALBEF).
 TRAINED_START = dict(random_first=0.0, distill_from=0.0, new_lr=1e-5)
 
 
@@ -166,10 +169,10 @@ def load_captions(*paths, images=None):
     images: the folder that image paths start from; that of the file, if not given."""
     splits = {"train": {}, "val": {}, "test": {}}
     for path in map(Path, paths):
-        with input_errors(f"{path} cannot be read as JSON; delete it if it was downloaded, and for "
-                          "a CSV see the six lines under Your own data in the README"):
+        with input_errors(f"{path} cannot be read as JSON: if it was downloaded, delete it; for a "
+                          "CSV, see Your own data in the README"):
             content = json.loads(path.read_text(encoding="utf-8-sig"))
-            rows = content["images"] if isinstance(content, dict) else content
+            rows = list(content["images"] if isinstance(content, dict) else content)
         for position, row in enumerate(rows, start=1):
             with input_errors(f"{path}, row {position}"):
                 if "sentences" in row:
@@ -178,12 +181,11 @@ def load_captions(*paths, images=None):
                     captions = [sentence["raw"] for sentence in row["sentences"]]
                 else:
                     name, image, captions = path.stem, row["image"], row["caption"]
-                    captions = [captions] if isinstance(captions, str) else captions
-                words = re.findall("[a-z]+", name.lower())
-                found = {SPLITS[word] for word in words if word in SPLITS}
+                    captions = captions if isinstance(captions, list) else [captions]
+                found = SPLITS.keys() & re.findall("[a-z]+", name.lower())
                 if len(found) != 1:
                     raise ValueError(f"{name!r} must contain one of the words {', '.join(SPLITS)}")
-                split = found.pop()
+                split = SPLITS[found.pop()]
                 image = os.path.normpath(Path(images or path.parent, image))
                 if any(image in splits[other] for other in splits.keys() - {split}):
                     raise ValueError(f"{image} is in the split {split}, and in another one")
@@ -213,7 +215,7 @@ def image_transform(size, augment=False):
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
-# What a viewer shows is used: a photo that ends early (as in ALBEF) or has 200 megapixels, too.
+# Pillow shall load photos whose end is missing (as ALBEF does), and photos of 200 megapixels.
 ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = True, None
 
 
@@ -252,13 +254,14 @@ def image_loader(items, batch_size, collate, image_size, workers, **options):
         raise InputError(f"{workers} processes need {needed / 1e9:.1f} GB of /dev/shm, which has "
                          "less: give --workers 0, or docker's --shm-size")
     return DataLoader(items, batch_size, collate_fn=collate, num_workers=workers,
-                      worker_init_fn=ignore_signals, **options)
+                      worker_init_fn=stop_at_sigterm, **options)
 
 
-def ignore_signals(worker):
-    """A signal that is sent to all processes of a group is answered by the first one alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def stop_at_sigterm(worker=None):
+    """SIGTERM ends a process as Ctrl-C does; a loader's process then just leaves."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGTERM, stop)
 
 
 def tokenize(tokenizer, captions):
@@ -291,7 +294,7 @@ def make_batch(pairs, transform, tokenizer, epoch_seed):
 
 
 def check_texts(tokenizer, captions_of):
-    """Say what {image path: captions} lose in training; raise an error if most words are unknown."""
+    """Say what is lost of {image path: captions}; refuse them if most words are unknown."""
     images_with = Counter()  # caption -> number of images that have it
     for captions in captions_of.values():
         images_with.update(set(captions))
@@ -300,16 +303,17 @@ def check_texts(tokenizer, captions_of):
     tokens = int(mask.sum()) - len(sample)  # without [CLS]
     unknown = int((input_ids[mask.bool()] == tokenizer.unk_token_id).sum())
     if tokens <= 2 * unknown:
-        raise InputError(f"{unknown} of {tokens} tokens of the captions are unknown to the tokenizer")
-    cut, shared = (mask.sum(1) == 30).float().mean(), [n for n in images_with.values() if n > 1]
-    print(f"texts: {unknown / tokens:.1%} of tokens unknown; {cut:.1%} of captions reach 30 tokens, "
-          f"and are cut there; {len(shared):,} of {len(images_with):,} belong to several images")
+        raise InputError(f"{unknown} of {tokens} tokens of the captions are unknown to this model")
+    cut = (mask.sum(1) == 30).float().mean()
+    shared = sum(images > 1 for images in images_with.values())
+    print(f"texts: {unknown / tokens:.1%} of tokens are unknown; of {len(images_with):,} captions "
+          f"{cut:.1%} reach 30 tokens, where they are cut, {shared:,} belong to several images")
 
 
 # -------------------------------------------------------------------------------------------- Model
 
 # cuDNN's attention, which torch prefers on new GPUs, plans anew for each shape of its inputs, and
-# here nearly each call has its own: on an H200, re-ranking took 7.2 s with it, and 0.9 s without.
+# here nearly each call has its own: on an H200, the first re-ranking took 7.2 s, and 0.9 s without.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -332,7 +336,7 @@ class Attention(nn.Module):
         return self.output(self.attend(self.self.query(x), source, mask), x)
 
     def attend(self, query, source, mask=None):
-        """query (P,L,D), source (P,S,D) -> the mean of the values that each query looks at"""
+        """query (P,L,D), source (P,S,D) -> (P,L,D): for each query, a weighted mean of values"""
         key, value = self.self.key(source), self.self.value(source)
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2)
                              for part in (query, key, value))  # (P,heads,L or S,D/heads)
@@ -351,7 +355,8 @@ class CrossAttention(Attention):
 
         image 0:  text 3, text 5
         image 1:  text 4, nothing
-    """
+
+    An image with far more texts than the others gets several rows, see `LoopITR.match`."""
 
     def forward(self, x, image_tokens, slot, columns):
         """x (P,L,D) in the slots slot (P,) attends to image_tokens (rows,N,D) -> like x"""
@@ -374,7 +379,8 @@ class CrossLayer(nn.Module):
         self.output = BertOutput(config)
 
     def forward(self, x, text, mask, image_tokens, slot, columns):
-        """x: all tokens of text (P,L,D), or only its first (P,1,D) -> like x"""
+        """x: all tokens of text (P,L,D), or only its first (P,1,D); mask (P,1,1,L), bool;
+        image_tokens, slot, columns: see `CrossAttention` -> like x"""
         x = self.attention(x, text, mask)
         x = self.crossattention(x, image_tokens, slot, columns)
         return self.output(self.intermediate(x), x)
@@ -389,10 +395,11 @@ class LoopITR(nn.Module):
     def __init__(self, image_encoder, text_encoder, text_layers=None, embedding=256,
                  image_size=384, bf16=False):
         super().__init__()
-        if not hasattr(getattr(text_encoder, "encoder", None), "layer"):
-            raise InputError(f"the text model, {type(text_encoder).__name__}, is no BERT")
-        bert, image_width = text_encoder.config, image_encoder.config.hidden_size
-        layers = text_encoder.encoder.layer
+        bert, image_width = text_encoder.config, getattr(image_encoder.config, "hidden_size", None)
+        layers = getattr(getattr(text_encoder, "encoder", None), "layer", None)
+        if image_width is None or layers is None:
+            raise InputError(f"{type(image_encoder).__name__} is no ViT, or "
+                             f"{type(text_encoder).__name__} no BERT")
         text_layers = len(layers) // 2 if text_layers is None else text_layers
         text_encoder.encoder.layer, upper = layers[:text_layers], layers[text_layers:]
         image_encoder.pooler = text_encoder.pooler = None  # [CLS] is projected as it is
@@ -465,12 +472,12 @@ class LoopITR(nn.Module):
         image_index, text_index = wanted.nonzero(as_tuple=True)  # P pairs, sorted by image
         # Where is each pair in the table of `CrossAttention`? An image with more than twice as many
         # texts as is usual gets several rows, so that the others' rows have few empty places.
-        texts = wanted.sum(1)  # (I,): how many texts each image is paired with
-        usual = math.ceil(len(text_index) / max(1, int((texts > 0).sum())))
-        columns = max(1, min(int(texts.max()), 2 * usual))
-        rows = (texts + columns - 1) // columns  # (I,)
+        text_count = wanted.sum(1)  # (I,)
+        usual = math.ceil(len(text_index) / max(1, int((text_count > 0).sum())))
+        columns = max(1, min(int(text_count.max()), 2 * usual))
+        rows = (text_count + columns - 1) // columns  # (I,): how many rows each image gets
         first_row = rows.cumsum(0) - rows
-        number = wanted.cumsum(1)[image_index, text_index] - 1  # 0, 1, .. among its image's pairs
+        number = wanted.cumsum(1)[image_index, text_index] - 1  # 0, 1, .. among its image's texts
         slot = first_row[image_index] * columns + number
         # Evaluation keeps image tokens in half precision, and on the host.
         image_tokens = image_tokens.to(self.device, self.dtype).repeat_interleave(rows, 0)
@@ -511,7 +518,8 @@ def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="soft
         scores = noise
     else:
         raise ValueError(f"unknown strategy {strategy!r}")
-    # Before the softmax, since positives that are zeroed after it (ALBEF) can leave a row of zeros.
+    # Positives are masked before the choice. ALBEF zeroes their probabilities, which can leave a
+    # row of zeros, from which nothing can be drawn.
     scores = scores.masked_fill(is_positive, -torch.inf)
     fewest = int((~is_positive).sum(1).min())
     return scores.topk(min(num_negatives, fewest), dim=1).indices
@@ -541,9 +549,9 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
     student, teacher (Q,1+m): dual and match logits, the positive in column 0 -> scalar, mean over
     queries (mse, margin: and over candidates). The teacher's logits are divided by `temperature`.
     objective: kl, mse, margin, label or none: our choices, as the defaults, which training uses."""
-    # The teacher saw only negatives that the dual encoder drew, so its logits say what the dual
-    # logits do not say yet (see `rerank`), and what it believes of a pair is dual + match. We still
-    # let the dual logits approach the match logits alone, with a small weight: a pull in the right
+    # Trained on negatives that the dual encoder drew, match logits tend to log(p / q) and dual
+    # logits to log q (see `rerank`): what the model believes of a pair is their sum. We still let
+    # the dual logits approach the match logits alone, with a small weight: a pull in the right
     # direction, not a value to reach. The sum as a target was tried and was no better.
     teacher = teacher.detach() / temperature  # detached: the student must not teach its teacher
     if objective == "none" or student.shape[1] == 1:  # without negatives there is nothing to learn
@@ -585,9 +593,9 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
 
     # 2. Dual -> cross: the dual logits of this process choose m hard texts for each image and m
     # hard images for each text. A query's candidates are its own partner, in front, and these.
-    # The dual logits give the temperature no gradient: distillation would lower it until they
-    # spread as widely as the teacher's. At a lower temperature harder negatives are drawn, and to
-    # tell those apart, the teacher spreads its logits even further.
+    # These dual logits give the temperature no gradient. Distillation would lower it, so that they
+    # spread as widely as the teacher's; at a lower temperature harder negatives are drawn; to tell
+    # harder negatives apart, the teacher spreads its logits further; and so on.
     dual_logits = image_embedding @ text_embedding.T / model.temperature.detach()  # (B,B)
     is_positive = image_ids[:, None] == image_ids
     hard_texts = sample_hard_negatives(dual_logits, is_positive, negatives, sampling)  # (B,m)
@@ -598,8 +606,8 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
 
     # 3. One pass of the cross encoder over all pairs of a query and a candidate. The loss counts a
     # pair as often as it was drawn (ALBEF): B own pairs, B * m hard texts, B * m hard images.
-    nothing = torch.zeros_like(is_positive)
-    wanted = nothing.scatter(1, texts, True) | nothing.scatter(1, images, True).T  # (B,B)
+    empty = torch.zeros_like(is_positive)
+    wanted = empty.scatter(1, texts, True) | empty.scatter(1, images, True).T  # (B,B)
     match_logits = model.match(image_tokens, text_tokens, attention_mask, wanted)  # (B,B)
     teacher = torch.cat([match_logits.gather(1, texts), match_logits.T.gather(1, images)])
     own_pairs, hard_pairs = match_logits.diag(), teacher[:, 1:].flatten()
@@ -618,9 +626,8 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
 def gather_from_all(x):
     """x (B,..) of this process -> (processes * B,..) of all, with gradient; B is equal in all.
 
-    All processes compute the same loss of the whole, and the backward pass of all_gather adds up
-    their gradients, processes times the right one. DistributedDataParallel, which averages what
-    each process sends into its own part of the network, brings that back to once."""
+    All processes compute the same loss of the whole batch. The backward pass of all_gather sums
+    their gradients, and DistributedDataParallel then divides by their number."""
     if not dist.is_initialized():
         return x
     return torch.cat(torch.distributed.nn.all_gather(x))
@@ -631,14 +638,14 @@ def gather_from_all(x):
 def make_optimizer(model, lr, new_lr):
     """AdamW; weight decay 0.02, none for biases and norms (ALBEF). Layers without pre-trained
     weights, and the temperature, learn at the peak rate new_lr, all others at lr (ours)."""
-    groups = {}  # (peak rate, weight decay) -> parameters
+    groups = {}
     for name, parameter in model.named_parameters():
         is_new = re.search("crossattention|_projection|match_head|temperature", name)
-        rate = new_lr if is_new else lr
+        peak = new_lr if is_new else lr
         decay = 0.02 if parameter.ndim > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
-    return torch.optim.AdamW([dict(params=parameters, peak=rate, weight_decay=decay)
-                              for (rate, decay), parameters in groups.items()], fused=True)
+        group = groups.setdefault((peak, decay), dict(params=[], peak=peak, weight_decay=decay))
+        group["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), fused=True)
 
 
 def lr_factor(step, steps):
@@ -659,20 +666,19 @@ def train(model, tokenizer, splits, args):
     pairs = []  # (image number, path, caption)
     for number, (path, captions) in enumerate(splits["train"].items()):
         pairs += [(number, path, caption) for caption in captions]
-    share, rest = divmod(args.batch_size, args.processes)
-    if rest or share <= args.negatives or share > len(pairs) // args.processes:
+    per_process, rest = divmod(args.batch_size, args.processes)
+    if rest or not args.negatives < per_process <= len(pairs) // args.processes:
         raise InputError(f"--batch-size {args.batch_size} does not fit {len(pairs)} captions: each "
                          f"process needs an equal share, more than --negatives {args.negatives}")
     epoch_seed = torch.zeros(1, dtype=torch.long).share_memory_()
     collate = partial(make_batch, transform=image_transform(args.image_size, args.augment),
                       tokenizer=tokenizer, epoch_seed=epoch_seed)
-    sampler = DistributedSampler(pairs, args.processes, args.rank, seed=args.seed)  # also shuffles
-    loader = image_loader(pairs, share, collate, args.image_size, args.workers, sampler=sampler,
-                          drop_last=True, persistent_workers=args.workers > 0,
+    # Shuffles, too; its seed for an epoch is seed + epoch.
+    sampler = DistributedSampler(pairs, args.processes, args.rank, seed=1_000 * args.seed)
+    loader = image_loader(pairs, per_process, collate, args.image_size, args.workers,
+                          sampler=sampler, drop_last=True, persistent_workers=args.workers > 0,
                           pin_memory=model.device.type == "cuda")
     optimizer = make_optimizer(model, args.lr, args.new_lr)
-    # An epoch is trained, then validated, and saved after each of both, so that a validation that
-    # was interrupted is repeated alone.
     state = {"trained": 0, "validated": 0, "best": -1.0}  # epochs; rsum of the best one on val
     if args.resume:
         with input_errors(f"{args.output}/last.pt is damaged, or of another version"):
@@ -684,30 +690,29 @@ def train(model, tokenizer, splits, args):
     if args.processes > 1:
         states = [None] * args.processes
         dist.all_gather_object(states, state)
-        if any(other != state for other in states):
+        if states.count(state) < args.processes:
             raise InputError(f"not all processes see the same files in {args.output}")
         # Some parameters may get no gradient, such as DINOv2's mask token.
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
                                                        gradient_as_bucket_view=True)
     if args.rank == 0:
         begin_run(model, tokenizer, pairs, len(loader), state, args)
-    while state["validated"] < args.epochs:
-        epoch = state["validated"]
-        if state["trained"] == epoch:
+    for epoch in range(state["validated"], args.epochs):
+        if state["trained"] == epoch:  # else the run was stopped in the validation
             # All that is random in an epoch follows from these seeds, whatever happened before.
             sampler.set_epoch(epoch)
             epoch_seed[0] = 1_000_000 * args.seed + 1_000 * epoch + args.rank
             torch.manual_seed(int(epoch_seed))
             train_epoch(parallel, loader, optimizer, epoch, args)
             state["trained"] += 1
-        else:
-            if args.rank == 0:  # the others wait in their next `gather_from_all`
-                result = evaluate(model, tokenizer, splits["val"], args, "val", epoch)
-                judge = "cross" if args.matching_weight else "dual"  # the cross encoder, if trained
-                if result[judge]["rsum"] > state["best"]:
-                    state["best"] = result[judge]["rsum"]
-                    save(args, "best.pt", model)
-            state["validated"] += 1
+            save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
+        if args.rank == 0:  # the others wait in their next `gather_from_all`
+            result = evaluate(model, tokenizer, splits["val"], args, "val", epoch)
+            judge = "cross" if args.matching_weight else "dual"  # the cross encoder, if trained
+            if result[judge]["rsum"] > state["best"]:
+                state["best"] = result[judge]["rsum"]
+                save(args, "best.pt", model)
+        state["validated"] += 1
         save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
     if args.rank == 0:
         model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
@@ -859,8 +864,8 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     from the softmax of the dual scores, so the dual score is log q, up to a constant of the query.
     The sum of both is log p, which is what candidates should be ranked by."""
     model.eval()
-    # All that tie with the k-th best are in, too: if topk left some of them out, a right one could
-    # win by luck, and a cross encoder that says nothing would seem to gain.
+    # All that tie with the k-th best are in, too. If topk chose among equals, even a cross encoder
+    # that gives all pairs the same score would gain.
     ranked = dual_scores.masked_fill(dual_scores.isnan(), -torch.inf)  # NaN comes last
     best_texts = dual_scores >= ranked.topk(min(k, ranked.shape[1]), 1).values[:, -1:]
     best_images = dual_scores >= ranked.topk(min(k, ranked.shape[0]), 0).values[-1:]
@@ -868,27 +873,23 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     scores = dual_weight * dual_scores
 
     # In essence: scores += model.match(image_tokens, text_tokens, attention_mask, shortlisted).
-    # This goes in passes, since all pairs at once would need much memory, and each pass in blocks
-    # of texts of like length, trimmed to their longest: captions have about 15 tokens, but are
-    # padded to 30. A pass takes images with like many texts, so that they fill the table of
-    # `CrossAttention`; in each block, an image itself weighs as much as 8 pairs.
+    # All pairs at once would need much memory, so this goes in passes over images with like many
+    # texts, which fill the table of `CrossAttention`. Each pass takes the texts in four blocks of
+    # like length, trimmed to their longest: captions have about 15 tokens, but are padded to 30.
+    # In a block, an image has a quarter of its pairs; its own tokens count as 8 more (an estimate).
     length = attention_mask.sum(1)
     blocks = length.argsort().chunk(4)
     pairs, order = shortlisted.sum(1).sort()
-    number = (pairs / len(blocks) + 8).cumsum(0) // pairs_per_pass  # of a pass: 0, 0, .., 1, 1, ..
+    number = (pairs / 4 + 8).cumsum(0) // pairs_per_pass  # of each image's pass: 0, 0, .., 1, 1, ..
     sizes = number.unique_consecutive(return_counts=True)[1].tolist()
-    bar = tqdm(total=int(pairs.sum()), desc="re-ranking", leave=False, disable=None)
-    for images in order.split(sizes):
+    for images in tqdm(order.split(sizes), "re-ranking", leave=False, disable=None):
         tokens = image_tokens[images.to(image_tokens.device)].to(model.device)
         for block in blocks:
-            wanted = torch.zeros_like(shortlisted[images])
-            wanted[:, block] = shortlisted[images][:, block]
             longest = int(length[block].max())
-            if wanted.any():
-                scores[images] += model.match(tokens, text_tokens[:, :longest],
-                                              attention_mask[:, :longest], wanted)
-            bar.update(int(wanted.sum()))
-    bar.close()
+            part = images[:, None], block  # of the matrices (I,T)
+            if shortlisted[part].any():
+                scores[part] += model.match(tokens, text_tokens[block, :longest],
+                                            attention_mask[block, :longest], shortlisted[part])
 
     # All others go below; in double precision, since in single the shift could make some equal.
     lowest = scores[shortlisted].nan_to_num(torch.inf).min().item()
@@ -943,7 +944,7 @@ def load_splits(args):
     """-> {split: {image path: captions}}; toy, flickr30k and coco are drawn or fetched first."""
     needed = ("train", "val", "test") if args.train else ("test",)
     name, files = args.data[0], args.data
-    if args.search and os.path.isdir(name):  # photos without captions
+    if args.search and os.path.isdir(name) and len(files) == 1:  # photos without captions
         return {"test": {path: [] for path in find_photos(name)}}
     if name == "toy":
         files = [make_toy_dataset(args.images)]
@@ -1085,17 +1086,18 @@ def build_model(image_model=DEIT, text_model=BERT, image_size=384, scratch=False
                 backbones.append(AutoModel.from_config(AutoConfig.from_pretrained(name)))
                 continue
             backbone, report = AutoModel.from_pretrained(name, output_loading_info=True)
-            backbones.append(backbone)
             missing = [weight for weight in report["missing_keys"] if "pooler" not in weight]
             if missing:
-                raise InputError(f"{name} has no weights for {missing}")
+                raise ValueError(f"it has no weights for {missing}")
+            backbones.append(backbone)
+    with input_errors(f"cannot load the tokenizer of {text_model}"):
+        tokenizer = AutoTokenizer.from_pretrained(text_model)
     model = LoopITR(*backbones, image_size=image_size, bf16=bf16).float().to(device)
     with input_errors(f"{image_model} does not take {image_size} pixels"), torch.no_grad():
         tokens, _ = model.encode_image(torch.zeros(1, 3, image_size, image_size, device=device))
-    if tokens.shape[1] <= (image_size // model.image_encoder.config.patch_size) ** 2:
-        raise InputError(f"{image_model} gives no [CLS] beside a token for each patch")
-    with input_errors(f"cannot load the tokenizer of {text_model}"):
-        return model, AutoTokenizer.from_pretrained(text_model)
+        if tokens.shape[1] <= (image_size // model.image_encoder.config.patch_size) ** 2:
+            raise ValueError("it gives no [CLS] beside a token for each patch")
+    return model, tokenizer
 
 
 def load_model(path, device="cpu", bf16=False, image_size=None, image_model=DEIT, text_model=BERT):
@@ -1110,17 +1112,15 @@ def load_model(path, device="cpu", bf16=False, image_size=None, image_model=DEIT
         folder = Path(path).parent
         image_model, text_model = folder / "image-model", folder / "text-model"
         image_size = image_size or checkpoint["options"]["image_size"]
+    model, tokenizer = build_model(image_model, text_model, image_size or 384, True, device, bf16)
     with input_errors(f"cannot load {path} into {image_model} and {text_model}"):
-        backbones = [AutoModel.from_config(AutoConfig.from_pretrained(name))
-                     for name in (image_model, text_model)]
-        model = LoopITR(*backbones, image_size=image_size or 384, bf16=bf16).float()
         if ours:
             model.load_state_dict(checkpoint["model"])
         else:
             load_albef(model, checkpoint["model"])
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise InputError(f"{path} has weights that are NaN or infinite")
-        return model.to(device), AutoTokenizer.from_pretrained(text_model)
+            raise ValueError("some weights are NaN or infinite")
+    return model.to(device), tokenizer
 
 
 def load_checkpoint(path):
@@ -1182,7 +1182,7 @@ def load_albef(model, state):
     # Not strict: there are momentum copies, their queues and the language model's head, too.
     missing = [*report["missing_keys"], *model.load_state_dict(rest, strict=False).missing_keys]
     if missing:
-        raise InputError(f"it has no weights for {missing}")
+        raise ValueError(f"it has no weights for {missing}")
 
 
 # ------------------------------------------------------------------------------ Search and pictures
@@ -1193,17 +1193,18 @@ def search(model, tokenizer, paths, args):
     for word in args.search.split():
         if tokenizer.unk_token_id in tokenize(tokenizer, [word])[0]:
             print(f"{word}: unknown to this model's vocabulary")
-    errors = {} if os.path.isdir(args.data[0]) else None  # None: they are raised
-    embeddings = encode_images(model, paths, args.workers, keep_tokens=False, errors=errors)[1]
+    errors = {} if os.path.isdir(args.data[0]) else None  # a folder may hold damaged pictures
+    _, images = encode_images(model, paths, args.workers, keep_tokens=False, errors=errors)
     if errors:
         print(f"{len(errors)} of {len(paths)} files are left out, since they cannot be read")
-        readable = [path not in errors for path in paths]
-        paths, embeddings = [path for path in paths if path not in errors], embeddings[readable]
+    readable = [i for i, path in enumerate(paths) if path not in (errors or {})]
+    if not readable:
+        raise InputError(f"none of the files in {args.data[0]} can be read")
     text_tokens, mask, text = encode_texts(model, tokenizer, [args.search])
-    dual = embeddings @ text.T / model.temperature  # (I,1)
-    dual, best = dual.topk(min(args.rerank, len(paths)), dim=0)
-    paths = [paths[i] for i in best[:, 0].tolist()]
-    image_tokens = encode_images(model, paths, args.workers)[0]
+    dual = images[readable] @ text.T / model.temperature  # (I,1)
+    dual, best = dual.topk(min(args.rerank, len(readable)), dim=0)
+    paths = [paths[readable[i]] for i in best[:, 0].tolist()]
+    image_tokens, _ = encode_images(model, paths, args.workers)
     _, scores = rerank(model, image_tokens, text_tokens, mask, dual, len(paths), args.dual_weight)
     print("   score     dual")
     for i in scores[:, 0].argsort(descending=True, stable=True).tolist():
@@ -1213,7 +1214,9 @@ def search(model, tokenizer, paths, args):
 
 def draw_retrieval(path, images, texts, image_of_text, dual_logits, scores, count=6, cell=104):
     """Draw the five best images by the dual encoder (left) and re-ranked (right), for the only text
-    or for some whose best image changed. The right image, if it is known, is framed."""
+    or for some whose best image changed. The right image, if it is known, is framed.
+
+    images: I paths; texts: T captions; dual_logits, scores (I,T)"""
     changed = (dual_logits.argmax(0).cpu() != scores.argmax(0)).nonzero().flatten().tolist()
     shown = [0] if len(texts) == 1 else changed[::max(1, len(changed) // count)][:count]
     canvas = Image.new("RGB", (10 * cell + 40, 32 + len(shown) * (cell + 30)), "white")
@@ -1262,16 +1265,9 @@ def argument_parser():
     mode.add_argument("--search", metavar="WORDS", help="find test images, or in a folder (--data)")
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
-        for name, (default, kind, meaning) in options.items():
-            takes = {"type": kind}
-            if kind is bool:
-                takes = {"action": argparse.BooleanOptionalAction}
-            elif kind is list:
-                takes = {"nargs": "+"}
-            elif isinstance(kind, tuple):
-                takes = {"choices": kind}
-            flag = f"--{name.replace('_', '-')}"
-            group.add_argument(flag, help=f"{meaning} (default: {default})", **takes)
+        for name, (default, allowed, meaning) in options.items():
+            group.add_argument(f"--{name.replace('_', '-')}", **allowed,
+                               help=f"{meaning} (default: {default})")
     return parser
 
 
@@ -1288,53 +1284,60 @@ def parse_arguments(argv):
                          "and --search use --checkpoint")
     if not given.get("search", "words").strip():
         raise InputError("--search needs words")
-    for name in given.keys() & {"images"}:
-        given[name] = os.path.abspath(given[name])
-    for name in given.keys() & {"data"}:
-        given[name] = [x if x in PRESETS else os.path.abspath(x) for x in given[name]]
-    data = given.get("data", ["toy"])
-    preset, output = PRESETS.get(data[0], {}), f"runs/{Path(data[0]).stem}"
-    if data == ["toy"] and "images" in given:  # its backbones lie beside its scenes
-        preset = preset | {"image_model": f"{given['images']}/image-model",
-                           "text_model": f"{given['images']}/text-model"}
+    if "data" in given:
+        given["data"] = [x if x in PRESETS else os.path.abspath(x) for x in given["data"]]
+    if "images" in given:
+        given["images"] = os.path.abspath(given["images"])
 
     defaults, trained, stored = {}, {}, {}
     for options in OPTIONS.values():
         defaults |= {name: default for name, (default, _, _) in options.items()}
+    # Training starts from backbones or a checkpoint; evaluation takes the options of the run that
+    # wrote the checkpoint. Only then is it known which preset applies.
+    data = given.get("data", ["toy"])
+    folder = f"runs/{Path(data[0]).stem}"
     if training:
-        defaults["output"] = output
+        defaults["output"] = folder
+    else:
+        start = given.get("checkpoint", f"{folder}/best.pt")
+        stored = load_checkpoint(start).get("options", {})  # ALBEF's has none
+        data = (stored | given).get("data", data)
+    preset = PRESETS.get(data[0], {})
+    if training:
         init = (defaults | preset | given)["init"]
         start = {"backbones": None, "scratch": None, "albef": "data/ALBEF_4M.pth"}.get(init, init)
         trained = TRAINED_START if start else {}
-    else:
-        start = given.get("checkpoint", f"{output}/best.pt")
-        stored = load_checkpoint(start).get("options", {})
-        if "data" in given and given["data"] != stored.get("data"):
-            stored = stored | {"images": preset.get("images")}  # other captions, other photos
+    elif stored.get("data") != data:  # other captions, other photos
+        stored = stored | {"images": preset.get("images")}
     options = defaults | trained | preset | stored | given  # later ones win
     options["images"] = options["images"] and os.path.abspath(options["images"])
+    recipe = {name: options[name] for name in defaults
+              if name not in ("checkpoint", "output", "workers", "device")}
+    if data == ["toy"]:  # its backbones lie beside its scenes
+        for name in {"image_model", "text_model"} - given.keys():
+            options[name] = os.path.join(options["images"], options[name])
 
-    elsewhere = ("checkpoint", "output", "workers", "device")
-    recipe = {name: options[name] for name in defaults if name not in elsewhere}
     output = options["output"]
     resume = training and os.path.exists(f"{output}/last.pt")
     if resume:
         start = f"{output}/last.pt"
-        moved = {"images": recipe["images"]} if preset else {}  # the folder may have moved
-        stored = load_checkpoint(start).get("options", {}) | moved
+        stored = load_checkpoint(start).get("options", {})
+        if preset:
+            stored["images"] = recipe["images"]  # the folder may have moved
         other = {name: value for name, value in stored.items() if value != recipe.get(name)}
         if other:
             raise InputError(f"{output} holds a run with {typed(other)}: choose another --output; "
                              f"--init {output}/best.pt goes on from its weights")
     elif output and list(Path(output).glob("*.pt")):
         raise InputError(f"nothing may overwrite the run in {output}: choose another --output")
+    with input_errors(f"--device {options['device']}"):
+        torch.zeros(1, device=options["device"])
     if options["bf16"] is None:
         options["bf16"] = torch.device(options["device"]).type != "cpu"
-    here = dict(rank=0, processes=1)
+    options |= dict(train=training, search=given.get("search"), rank=0, processes=1)
     if dist.is_initialized():
-        here = dict(rank=dist.get_rank(), processes=dist.get_world_size())
-    modes = dict(train=training, search=given.get("search"))
-    return argparse.Namespace(**options | modes | here, start=start, resume=resume, recipe=recipe)
+        options |= dict(rank=dist.get_rank(), processes=dist.get_world_size())
+    return argparse.Namespace(**options, start=start, resume=resume, recipe=recipe)
 
 
 def main(argv=None):
@@ -1379,26 +1382,21 @@ def run(argv=None):
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join((str(error) or repr(error)).split())
         # A RuntimeError is torch's word for memory that does not suffice, on a CPU, say, and for a
-        # loader's process that was killed. All others are mistakes of ours.
-        known = "allocate memory|out of memory|DataLoader worker"
-        if type(error) is RuntimeError and not re.search(known, message):
+        # loader's process that was killed. All others are mistakes in this file.
+        known = re.search("allocate memory|out of memory|DataLoader worker", message)
+        if isinstance(error, RuntimeError) and not known:
             raise
         print("loopitr:", message[:500], file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("loopitr: stopped; the same command goes on after the last epoch that was saved",
               file=sys.stderr)
-        return 143 if stop.args else 130  # `terminate` gives an argument, Ctrl-C none
-
-
-def terminate(number, frame):
-    """SIGTERM ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt(number)
+        return 143 if stop.args else 130  # `stop_at_sigterm` gives an argument, Ctrl-C none
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where loaders fork
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding
-    signal.signal(signal.SIGTERM, terminate)
+    stop_at_sigterm()
     sys.exit(run())
