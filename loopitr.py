@@ -60,7 +60,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFile, ImageOps
@@ -624,13 +623,18 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
 
 
 def gather_from_all(x):
-    """x (B,..) of this process -> (processes * B,..) of all, with gradient; B is equal in all.
-
-    All processes compute the same loss of the whole batch. The backward pass of all_gather sums
-    their gradients, and DistributedDataParallel then divides by their number."""
+    """x (B,..) of this process -> (processes * B,..) of all, with gradient; B is equal in all."""
     if not dist.is_initialized():
         return x
-    return torch.cat(torch.distributed.nn.all_gather(x))
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    own = x.clone()
+    if own.requires_grad:
+        # All processes compute the same loss of the whole batch, each the gradient of its own rows.
+        # These gradients must be summed, and DistributedDataParallel takes their mean.
+        own.register_hook(lambda gradient: len(parts) * gradient)
+    parts[dist.get_rank()] = own
+    return torch.cat(parts)
 
 
 # ----------------------------------------------------------------------------------------- Training
@@ -724,6 +728,8 @@ def begin_run(model, tokenizer, pairs, steps, state, args):
     print(f"{args.output}: {millions:.1f} million parameters from {args.start or args.init}; "
           f"{len(pairs):,} captions of {pairs[-1][0] + 1:,} images; {args.epochs} epochs of "
           f"{steps:,} steps, {state['trained']} are trained; {args.device}, {model.dtype}")
+    if state["validated"] == args.epochs:
+        print("This run is finished; its best epoch is tested again.")
     if steps < 20:
         print("So few steps an epoch train little: a smaller --batch-size makes more of them.")
     if not args.resume:
@@ -738,7 +744,8 @@ def train_epoch(model, loader, optimizer, epoch, args):
     """One pass over all captions."""
     model.train()
     steps, log_every = args.epochs * len(loader), max(1, min(10, len(loader) // 10))
-    bar = tqdm(loader, f"epoch {epoch + 1}", disable=args.rank > 0 or None)  # None: on a terminal
+    bar = tqdm(loader, f"epoch {epoch + 1}", disable=args.rank > 0 or None,  # None: on a terminal
+               bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}{postfix}")
     last_line = time.monotonic()
     for step, (batch, errors) in enumerate(bar, start=epoch * len(loader)):
         if errors:

@@ -57,7 +57,6 @@ def tiny_model(seed=0, text_layers=2, image_layers=1, **options):
 
 
 def random_batch(model, images=4, texts=5, length=9, seed=1, size=32):
-    """Pixels, input ids and a mask of texts of different lengths."""
     torch.manual_seed(seed)
     mask = torch.arange(length) < torch.randint(2, length + 1, (texts, 1))
     ids = torch.randint(5, 50, (texts, length)) * mask
@@ -99,7 +98,6 @@ def bytes_in(folder):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A working folder with a small toy data set."""
     folder = tmp_path_factory.mktemp("toy")
     make_toy_dataset(folder / "data" / "toy", train=40, val=8, test=12)
     return folder
@@ -132,9 +130,9 @@ def fails(capsys, arguments, *messages):
 
 @pytest.fixture(scope="session")
 def trained(toy, tmp_path_factory):
-    """A finished run, and what the command printed."""
     output, printed = tmp_path_factory.mktemp("runs") / "toy", io.StringIO()
-    with contextlib.chdir(toy), contextlib.redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(toy)
         assert call(*command(output)) == 0
     return output, printed.getvalue()
 
@@ -150,14 +148,13 @@ def own_data(here, folder, first=None):
 
 
 def table_of(output):
-    """Both rows of the last table that was printed, without the seconds."""
-    lines = [line.split() for line in output.splitlines()]
+    lines = [line.split() for line in output.splitlines()]  # of the last table, without seconds
     return [line[:9] for line in lines if line[:1] in (["dual"], ["cross"])][-2:]
 
 
 # Processes are forked from a server that has imported torch, which takes seconds, once.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload([__name__, "torch.distributed.nn"])
+FORK.set_forkserver_preload([__name__])
 
 
 def child(arguments, folder, place, variables):
@@ -175,7 +172,6 @@ def child(arguments, folder, place, variables):
 
 
 def start(arguments, folder, place, **variables):
-    """The command in a process of its own, whose output is written to `place`."""
     place.mkdir(parents=True)
     process = FORK.Process(target=child, args=(list(map(str, arguments)), folder, place, variables))
     process.start()
@@ -183,7 +179,6 @@ def start(arguments, folder, place, **variables):
 
 
 def finish(process, place):
-    """-> exit code, stdout, stderr"""
     process.join(60)
     if process.exitcode is None:
         os.killpg(process.pid, signal.SIGKILL)
