@@ -260,8 +260,7 @@ def test_captions_of_karpathy_and_of_albef_are_read_and_joined(tmp_path):
         "val": {"x/d.jpg": ["d"]}, "test": {}}
 
 
-@pytest.mark.parametrize("content, message", [
-    *((content, "captions_val.json") for content in (
+@pytest.mark.parametrize("content, message", [*((content, "captions_val.json") for content in (
         b"\xff\xfe", b"[" * 100_000, {}, {"pictures": []}, {"images": {"a": 1}}, 5, None,
         {"images": 5}, {"images": None})),
     (b"<html>log in first</html>", "captions_val.json.* delete it"),
@@ -282,7 +281,6 @@ def test_captions_that_cannot_be_read_are_located(tmp_path, content, message):
 
 
 def test_splits_have_the_names_that_people_give_them(tmp_path):
-    """In Karpathy's rows, and as a word of the name of ALBEF's files."""
     rows = [{"image": "a.jpg", "caption": "a"}]
     for name, split in (("Train", "train"), ("restval", "train"), ("VALID", "val"), ("dev", "val"),
                         ("validation", "val"), ("test", "test"), ("latest", None),
@@ -624,14 +622,12 @@ def slow_loop(model, batch, m, objective, temperature):
     assert len(set(drawn)) < len(drawn)  # some pairs were drawn twice, and are counted twice
     student, teacher = torch.stack(student), torch.stack(teacher)
     probabilities = [F.sigmoid(v) for v in positives] + [1 - F.sigmoid(v) for v in negatives]
-    return {
-        "contrastive": contrastive_loss(image @ text.T / model.log_temperature.exp(),
+    return {"contrastive": contrastive_loss(image @ text.T / model.log_temperature.exp(),
                                         image_ids[:, None] == image_ids),
         "matching": -torch.stack(probabilities).log().mean(),
         "distillation": distillation_loss(student, teacher, objective, temperature),
         "dual_recall": (student.argmax(1) == 0).float().mean(),
-        "cross_recall": (teacher.argmax(1) == 0).float().mean(),
-        "temperature": torch.tensor(0.07)}
+        "cross_recall": (teacher.argmax(1) == 0).float().mean(), "temperature": torch.tensor(0.07)}
 
 
 @pytest.mark.parametrize("objective, temperature", [("kl", 2.0), ("mse", 0.5)])
@@ -896,7 +892,6 @@ def test_the_best_epoch_on_val_is_kept_when_resumed(here, tmp_path, monkeypatch,
     (0, 0, 0, 12), (0, 0, 1, 8), (0, 1, 0, 8), (4, 1, 0, 8)])
 def test_seeds_differ_by_run_epoch_and_process_and_a_smaller_last_batch_is_dropped(
         here, tmp_path, monkeypatch, one, seed, rank, other):
-    """The captions, pixels, and random numbers of the first batches of two epochs differ."""
     # All captions belong to one image, so that only the seed can change what is drawn for it.
     captions_of = load_captions("data/toy/captions.json")["train"]
     image, captions = list(captions_of)[0], sum(captions_of.values(), [])[:38]
@@ -1054,6 +1049,15 @@ COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (250, 0, 250), 
            (120, 60, 0), (60, 0, 120), (0, 120, 60)]
 
 
+def test_what_stands_below_the_shortlist_keeps_its_order_to_the_last_bit():
+    model = tiny_model()
+    image_tokens, _, text_tokens, _, mask = encoded(model, images=3, texts=40)
+    dual = 1 + torch.arange(40.0).repeat(3, 1) * 2 ** -23  # neighbours in single precision
+    dual[:, 0] = 100.0
+    image_to_text, _ = rerank(model, image_tokens, text_tokens, mask, dual, 1, 1.0)
+    assert (image_to_text.roll(-1, dims=1).diff(dim=1) > 0).all()
+
+
 def scene_of_colours(trained, folder, captions):
     """A model whose dual and match logits have about the same spread, images of one colour each
     -> model, tokenizer, the images' paths, dual and match logits (I,T)"""
@@ -1121,7 +1125,9 @@ def test_evaluation_ranks_by_match_and_dual_logits_and_draws_that(here, trained,
 
 def test_evaluation_takes_best_and_other_captions_bring_their_own_photos(
         here, trained, tmp_path, capsys, monkeypatch):
-    make_toy_dataset(tmp_path / "fresh", train=0, val=0, test=5, seed=1)
+    path = make_toy_dataset(tmp_path / "fresh", train=0, val=0, test=5, seed=1)
+    path.write_text(path.read_text().replace("images/", "photos/"))
+    (tmp_path / "fresh" / "images").rename(tmp_path / "fresh" / "photos")
     shutil.copytree(trained[0], tmp_path / "runs" / "toy")
     (tmp_path / "runs" / "toy" / "last.pt").write_text("not this one")
     before = bytes_in(tmp_path)
@@ -1521,8 +1527,7 @@ def test_errors_of_the_command_line(here, trained, tmp_path, capsys, monkeypatch
     (tmp_path / "rows.csv").write_text("image,caption\na.jpg,a dog\n")
     (tmp_path / "broken.png").write_bytes(NO_PICTURE)
     broken = own_data(here, tmp_path, tmp_path / "broken.png")
-    for arguments, *messages in (
-            *([[*mode, *option.split()], option.split()[0], "--train"]
+    for arguments, *messages in (*([[*mode, *option.split()], option.split()[0], "--train"]
               for mode in (["--evaluate"], ["--search", "a dog"])
               for option in ("--init albef", "--lr 0.5", "--negatives 2", "--freeze-image",
                              "--no-augment", "--batch-size 8", "--distill none", "--seed 0")),
@@ -1530,16 +1535,14 @@ def test_errors_of_the_command_line(here, trained, tmp_path, capsys, monkeypatch
               for name in ("pickled", "foreign", "list", "nan", "shape", "cut", "absent")),
             [["--search", "a ring", "--checkpoint", run / "nan.pt"], "nan.pt", "weights"],
             [["--search", "a ring", "--checkpoint", run / "best.pt", "--data", run / "text-model"],
-             "text-model"],
-            [["--search", " \t"], "--search"], [["--evaluate"], "runs/toy/best.pt"],
+             "text-model"], [["--search", " \t"], "--search"], [["--evaluate"], "runs/toy/best.pt"],
             [[*evaluate, run / "best.pt", "--output", run], "nothing may overwrite"],
             [[*train, "--checkpoint", run / "best.pt"], "--checkpoint", "--init"],
             [[*train, "--negatives", 16], "--negatives 16"],
             [[*train, "--batch-size", 100], "--batch-size 100", "80 captions"],
             # What is cheap to check is checked first: these models are not there, either.
             [["--train", "--data", tmp_path / "rows.csv", "--text-model", "none"], "rows.csv",
-             "README"],
-            [[*train, *broken], "broken.png", "cannot be read"],
+             "README"], [[*train, *broken], "broken.png", "cannot be read"],
             [command(tmp_path / "file"), "file"]):
         fails(capsys, arguments, *messages)
     with pytest.raises(SystemExit, match="2"):
@@ -1549,8 +1552,7 @@ def test_errors_of_the_command_line(here, trained, tmp_path, capsys, monkeypatch
     fails(capsys, train, "RANK")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--train", "--device", "nowhere"], "nowhere"),
+@pytest.mark.parametrize("arguments, message", [(["--train", "--device", "nowhere"], "nowhere"),
     (["--search", "a ring", "--data", "data", "elsewhere"], "data cannot be read")])
 def test_devices_and_folders_that_are_not_taken_are_one_line(here, trained, tmp_path, capsys,
                                                              arguments, message):
@@ -1613,7 +1615,6 @@ def test_two_processes_end_together(here, tmp_path):
 
 
 def test_two_processes_train_and_the_first_alone_writes(here, tmp_path, capsys):
-    """The second's folder is another, as if it saw another disk; it must stay empty."""
     (status, stdout, stderr), (other, silent, errors) = run_two(
         tmp_path / "printed", here, command(tmp_path / "a"), command(tmp_path / "b"))
     assert status == other == 0, stderr + errors
@@ -1641,9 +1642,7 @@ def test_every_function_and_option_that_the_readme_names_exists(capsys):
         call("--help")
     known = set(re.findall("--[a-z][a-z0-9-]+", capsys.readouterr().out))
     assert set(re.findall("--[a-z][a-z0-9-]+", text)) - {"--shm-size", "--nproc"} <= known
-
-
-def test_what_a_reader_copies_has_the_defaults_of_training():
+    # What a reader copies has the defaults of training.
     parameters = inspect.signature(loop_losses).parameters
     for name, option in (("negatives", "negatives"), ("sampling", "sampling"),
                          ("objective", "distill"), ("distill_temperature", "distill_temperature")):
