@@ -355,7 +355,8 @@ class CrossAttention(Attention):
         image 0:  text 3, text 5
         image 1:  text 4, nothing
 
-    An image with far more texts than the others gets several rows, see `LoopITR.match`."""
+    Texts do not see each other there, and what empty places give is dropped. An image with far more
+    texts than the others gets several rows, see `LoopITR.match`."""
 
     def forward(self, x, image_tokens, slot, columns):
         """x (P,L,D) in the slots slot (P,) attends to image_tokens (rows,N,D) -> like x"""
@@ -469,17 +470,18 @@ class LoopITR(nn.Module):
         if wanted is None:
             wanted = torch.ones(len(image_tokens), len(text_tokens), dtype=bool, device=self.device)
         image_index, text_index = wanted.nonzero(as_tuple=True)  # P pairs, sorted by image
-        # Where is each pair in the table of `CrossAttention`? An image with more than twice as many
-        # texts as is usual gets several rows, so that the others' rows have few empty places.
+        # Where is each pair in the table of `CrossAttention`? An image with more than twice the
+        # mean number of texts gets several rows, so that the others' rows have few empty places:
+        # in a table of 2 columns, an image with 5 texts has 3 rows, the last with an empty place.
         text_count = wanted.sum(1)  # (I,)
-        usual = math.ceil(len(text_index) / max(1, int((text_count > 0).sum())))
-        columns = max(1, min(int(text_count.max()), 2 * usual))
-        rows = (text_count + columns - 1) // columns  # (I,): how many rows each image gets
-        first_row = rows.cumsum(0) - rows
+        mean = math.ceil(len(text_index) / max(1, int((text_count > 0).sum())))
+        columns = max(1, min(int(text_count.max()), 2 * mean))
+        row_count = (text_count + columns - 1) // columns  # (I,)
+        first_row = row_count.cumsum(0) - row_count
         number = wanted.cumsum(1)[image_index, text_index] - 1  # 0, 1, .. among its image's texts
         slot = first_row[image_index] * columns + number
         # Evaluation keeps image tokens in half precision, and on the host.
-        image_tokens = image_tokens.to(self.device, self.dtype).repeat_interleave(rows, 0)
+        image_tokens = image_tokens.to(self.device, self.dtype).repeat_interleave(row_count, 0)
 
         # index_select, because the backward pass of text_tokens[text_index] is not deterministic.
         text = text_tokens.index_select(0, text_index).float()  # (P,L,D)
@@ -548,10 +550,11 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
     student, teacher (Q,1+m): dual and match logits, the positive in column 0 -> scalar, mean over
     queries (mse, margin: and over candidates). The teacher's logits are divided by `temperature`.
     objective: kl, mse, margin, label or none: our choices, as the defaults, which training uses."""
-    # Trained on negatives that the dual encoder drew, match logits tend to log(p / q) and dual
-    # logits to log q (see `rerank`): what the model believes of a pair is their sum. We still let
-    # the dual logits approach the match logits alone, with a small weight: a pull in the right
-    # direction, not a value to reach. The sum as a target was tried and was no better.
+    # Let p be how probable a pair is, and q how often the dual encoder draws it as a negative. Then
+    # match logits tend to log(p / q) and dual logits to log q (see `rerank`): what the model
+    # believes of a pair is their sum. We still let the dual logits approach the match logits alone,
+    # with a small weight (0.05 in training): a pull in the right direction, not a value to reach.
+    # The sum as a target was tried and was no better.
     teacher = teacher.detach() / temperature  # detached: the student must not teach its teacher
     if objective == "none" or student.shape[1] == 1:  # without negatives there is nothing to learn
         return student.new_zeros(())
