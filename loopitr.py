@@ -939,7 +939,6 @@ def evaluate(model, tokenizer, captions_of, args, split="test", epoch=None):
     return result
 
 
-
 # ======================================================= The method ends here. Around it: Data sets
 
 ROWS = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
