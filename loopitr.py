@@ -88,6 +88,8 @@ COUNT, WHOLE = number_from(int, 1), number_from(int, 0)
 SHARE, WEIGHT = number_from(float, 0, 1), number_from(float, 0)
 TEXT, TEXTS, SWITCH = {}, {"nargs": "+"}, {"action": argparse.BooleanOptionalAction}
 
+DEIT, BERT = "facebook/deit-base-patch16-224", "google-bert/bert-base-uncased"  # ALBEF's backbones
+
 OPTIONS = {  # group: {name: (default, what it may be, for argparse, meaning)}
     "the loop": {
         "negatives": (1, COUNT, "m, hard negatives for each image and for each text"),
@@ -113,8 +115,8 @@ OPTIONS = {  # group: {name: (default, what it may be, for argparse, meaning)}
         "rerank": (16, COUNT, "candidates of each query that are re-ranked"),
         "dual_weight": (1.0, WEIGHT, "of the dual logits in re-ranking"),
     }, "model, files and devices": {
-        "image_model": ("facebook/deit-base-patch16-224", TEXT, "a ViT, name or folder"),
-        "text_model": ("google-bert/bert-base-uncased", TEXT, "a BERT, name or folder"),
+        "image_model": (DEIT, TEXT, "a ViT, name or folder"),
+        "text_model": (BERT, TEXT, "a BERT, name or folder"),
         "image_size": (384, COUNT, "pixels of a side"),
         "data": (["toy"], TEXTS, "toy, flickr30k, coco, captions; to search, photos"),
         "images": (None, TEXT, "folder where image paths start, and downloads go"),
@@ -664,27 +666,32 @@ def lr_factor(step, steps):
     return 0.55 + 0.45 * math.cos(math.pi * step / steps)
 
 
+def training_loader(tokenizer, captions_of, epoch_seed, args):
+    """-> DataLoader of this process's batches of all captions, as `make_batch` makes them"""
+    pairs = []  # (image number, path, caption)
+    for number, (path, captions) in enumerate(captions_of.items()):
+        pairs += [(number, path, caption) for caption in captions]
+    per_process, rest = divmod(args.batch_size, args.processes)
+    if rest or not args.negatives < per_process <= len(pairs) // args.processes:
+        raise InputError(f"--batch-size {args.batch_size} does not fit {len(pairs)} captions: each "
+                         f"process needs an equal share, more than --negatives {args.negatives}")
+    collate = partial(make_batch, transform=image_transform(args.image_size, args.augment),
+                      tokenizer=tokenizer, epoch_seed=epoch_seed)
+    # Shuffles, too; its seed for an epoch is seed + epoch.
+    sampler = DistributedSampler(pairs, args.processes, args.rank, seed=1_000 * args.seed)
+    return image_loader(pairs, per_process, collate, args.image_size, args.workers,
+                        sampler=sampler, drop_last=True, persistent_workers=args.workers > 0,
+                        pin_memory=torch.device(args.device).type == "cuda")
+
+
 def train(model, tokenizer, splits, args):
     """Train, and keep two checkpoints in --output: best.pt is the best epoch on val, with which the
     model ends, last.pt the one to go on from (args.resume)."""
     model.image_encoder.requires_grad_(not args.freeze_image)
     if args.grad_checkpointing:
         model.recompute_activations()
-    pairs = []  # (image number, path, caption)
-    for number, (path, captions) in enumerate(splits["train"].items()):
-        pairs += [(number, path, caption) for caption in captions]
-    per_process, rest = divmod(args.batch_size, args.processes)
-    if rest or not args.negatives < per_process <= len(pairs) // args.processes:
-        raise InputError(f"--batch-size {args.batch_size} does not fit {len(pairs)} captions: each "
-                         f"process needs an equal share, more than --negatives {args.negatives}")
     epoch_seed = torch.zeros(1, dtype=torch.long).share_memory_()
-    collate = partial(make_batch, transform=image_transform(args.image_size, args.augment),
-                      tokenizer=tokenizer, epoch_seed=epoch_seed)
-    # Shuffles, too; its seed for an epoch is seed + epoch.
-    sampler = DistributedSampler(pairs, args.processes, args.rank, seed=1_000 * args.seed)
-    loader = image_loader(pairs, per_process, collate, args.image_size, args.workers,
-                          sampler=sampler, drop_last=True, persistent_workers=args.workers > 0,
-                          pin_memory=model.device.type == "cuda")
+    loader = training_loader(tokenizer, splits["train"], epoch_seed, args)
     optimizer = make_optimizer(model, args.lr, args.new_lr)
     state = {"trained": 0, "validated": 0, "best": -1.0}  # epochs; rsum of the best one on val
     if args.resume:
@@ -692,7 +699,7 @@ def train(model, tokenizer, splits, args):
             checkpoint = load_checkpoint(f"{args.output}/last.pt")
             optimizer.load_state_dict(checkpoint["optimizer"])
             state = {name: checkpoint["state"][name] for name in state}
-            del checkpoint  # several gigabytes
+            del checkpoint  # else the file stays mapped, and its disk taken, when it is replaced
     parallel = model
     if args.processes > 1:
         states = [None] * args.processes
@@ -703,11 +710,11 @@ def train(model, tokenizer, splits, args):
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
                                                        gradient_as_bucket_view=True)
     if args.rank == 0:
-        begin_run(model, tokenizer, pairs, len(loader), state, args)
+        begin_run(model, tokenizer, loader, state, args)
     for epoch in range(state["validated"], args.epochs):
         if state["trained"] == epoch:  # else the run was stopped in the validation
             # All that is random in an epoch follows from these seeds, whatever happened before.
-            sampler.set_epoch(epoch)
+            loader.sampler.set_epoch(epoch)
             epoch_seed[0] = 1_000_000 * args.seed + 1_000 * epoch + args.rank
             torch.manual_seed(int(epoch_seed))
             train_epoch(parallel, loader, optimizer, epoch, args)
@@ -725,8 +732,9 @@ def train(model, tokenizer, splits, args):
         model.load_state_dict(load_checkpoint(f"{args.output}/best.pt")["model"])
 
 
-def begin_run(model, tokenizer, pairs, steps, state, args):
+def begin_run(model, tokenizer, loader, state, args):
     """Say what will be trained; write what a checkpoint needs beside it, and the log's head."""
+    pairs, steps = loader.dataset, len(loader)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{args.output}: {millions:.1f} million parameters from {args.start or args.init}; "
           f"{len(pairs):,} captions of {pairs[-1][0] + 1:,} images; {args.epochs} epochs of "
@@ -1080,7 +1088,6 @@ def draw_scene(rng):
 ALBEF = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF"
 # Pre-trained on 4 or 14 million images; fine-tuned from one of these for Flickr30K or COCO.
 ALBEF_FILES = ("ALBEF_4M.pth", "ALBEF.pth", "flickr30k.pth", "mscoco.pth")
-DEIT, BERT = "facebook/deit-base-patch16-224", "google-bert/bert-base-uncased"  # ALBEF's backbones
 
 
 def build_model(image_model=DEIT, text_model=BERT, image_size=384, scratch=False, device="cpu",
@@ -1280,10 +1287,8 @@ def argument_parser():
     return parser
 
 
-def parse_arguments(argv):
-    """-> args, with an attribute for each option, and start, the checkpoint that the model is
-    loaded from, or None; resume, whether that is the run's own last.pt; recipe, the options that
-    checkpoints store; rank and processes."""
+def typed_options(argv):
+    """-> {name: value} of the options that are typed, with whole paths; refuse what does nothing"""
     given = vars(argument_parser().parse_args(argv))
     training = "train" in given
     idle = ["checkpoint"] if training else [*OPTIONS["the loop"], *OPTIONS["training"]]
@@ -1297,7 +1302,15 @@ def parse_arguments(argv):
         given["data"] = [x if x in PRESETS else os.path.abspath(x) for x in given["data"]]
     if "images" in given:
         given["images"] = os.path.abspath(given["images"])
+    return given
 
+
+def parse_arguments(argv):
+    """-> args, with an attribute for each option, and start, the checkpoint that the model is
+    loaded from, or None; resume, whether that is the run's own last.pt; recipe, the options that
+    checkpoints store; rank and processes."""
+    given = typed_options(argv)
+    training = "train" in given
     defaults, trained, stored = {}, {}, {}
     for options in OPTIONS.values():
         defaults |= {name: default for name, (default, _, _) in options.items()}
@@ -1326,19 +1339,9 @@ def parse_arguments(argv):
         for name in {"image_model", "text_model"} - given.keys():
             options[name] = os.path.join(options["images"], options[name])
 
-    output = options["output"]
-    resume = training and os.path.exists(f"{output}/last.pt")
+    resume = is_resumed(options["output"], training, recipe, preset)
     if resume:
-        start = f"{output}/last.pt"
-        stored = load_checkpoint(start).get("options", {})
-        if preset:
-            stored["images"] = recipe["images"]  # the folder may have moved
-        other = {name: value for name, value in stored.items() if value != recipe.get(name)}
-        if other:
-            raise InputError(f"{output} holds a run with {typed(other)}: choose another --output; "
-                             f"--init {output}/best.pt goes on from its weights")
-    elif output and list(Path(output).glob("*.pt")):
-        raise InputError(f"nothing may overwrite the run in {output}: choose another --output")
+        start = f"{options['output']}/last.pt"
     with input_errors(f"--device {options['device']}"):
         torch.zeros(1, device=options["device"])
     if options["bf16"] is None:
@@ -1347,6 +1350,22 @@ def parse_arguments(argv):
     if dist.is_initialized():
         options |= dict(rank=dist.get_rank(), processes=dist.get_world_size())
     return argparse.Namespace(**options, start=start, resume=resume, recipe=recipe)
+
+
+def is_resumed(output, training, recipe, preset):
+    """-> whether output holds a run with this recipe, to be gone on with; refuse another run's"""
+    if not (training and os.path.exists(f"{output}/last.pt")):
+        if output and list(Path(output).glob("*.pt")):
+            raise InputError(f"nothing may overwrite the run in {output}: choose another --output")
+        return False
+    stored = load_checkpoint(f"{output}/last.pt").get("options", {})
+    if preset:
+        stored["images"] = recipe["images"]  # the folder may have moved
+    other = {name: value for name, value in stored.items() if value != recipe.get(name)}
+    if other:
+        raise InputError(f"{output} holds a run with {typed(other)}: choose another --output; "
+                         f"--init {output}/best.pt goes on from its weights")
+    return True
 
 
 def main(argv=None):
