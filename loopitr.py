@@ -597,9 +597,9 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
 
     # 2. Dual -> cross: the dual logits of this process choose m hard texts for each image and m
     # hard images for each text. A query's candidates are its own partner, in front, and these.
-    # These dual logits give the temperature no gradient. Distillation would lower it, so that they
-    # spread as widely as the teacher's; at a lower temperature harder negatives are drawn; to tell
-    # harder negatives apart, the teacher spreads its logits further; and so on.
+    # The temperature is detached, since distillation would set off a runaway: it would lower the
+    # temperature until the dual logits spread as widely as the teacher's; a lower temperature draws
+    # harder negatives; and to tell these apart, the teacher would spread its logits even further.
     dual_logits = image_embedding @ text_embedding.T / model.temperature.detach()  # (B,B)
     is_positive = image_ids[:, None] == image_ids
     hard_texts = sample_hard_negatives(dual_logits, is_positive, negatives, sampling)  # (B,m)
@@ -635,8 +635,9 @@ def gather_from_all(x):
     dist.all_gather(parts, x.detach().contiguous())
     own = x.clone()
     if own.requires_grad:
-        # All processes compute the same loss of the whole batch, each the gradient of its own rows.
-        # These gradients must be summed, and DistributedDataParallel takes their mean.
+        # All processes compute the same loss of the whole batch, and each propagates it back only
+        # into its own rows. The gradients must be summed, but DistributedDataParallel takes their
+        # mean; so each is multiplied by the number of processes.
         own.register_hook(lambda gradient: len(parts) * gradient)
     parts[dist.get_rank()] = own
     return torch.cat(parts)
@@ -686,7 +687,7 @@ def training_loader(tokenizer, captions_of, epoch_seed, args):
 
 def train(model, tokenizer, splits, args):
     """Train, and keep two checkpoints in --output: best.pt is the best epoch on val, with which the
-    model ends, last.pt the one to go on from (args.resume)."""
+    model ends, last.pt the one to go on from. For args, see `parse_arguments`."""
     model.image_encoder.requires_grad_(not args.freeze_image)
     if args.grad_checkpointing:
         model.recompute_activations()
@@ -720,7 +721,7 @@ def train(model, tokenizer, splits, args):
             train_epoch(parallel, loader, optimizer, epoch, args)
             state["trained"] += 1
             save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
-        if args.rank == 0:  # the others wait in their next `gather_from_all`
+        if args.rank == 0:  # the others go on, and wait for it in their next step
             result = evaluate(model, tokenizer, splits["val"], args, "val", epoch)
             judge = "cross" if args.matching_weight else "dual"  # the cross encoder, if trained
             if result[judge]["rsum"] > state["best"]:
@@ -882,8 +883,8 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     from the softmax of the dual scores, so the dual score is log q, up to a constant of the query.
     The sum of both is log p, which is what candidates should be ranked by."""
     model.eval()
-    # All that tie with the k-th best are in, too. If topk chose among equals, even a cross encoder
-    # that gives all pairs the same score would gain.
+    # All that tie with the k-th best are in, too. If topk left some of them out, right candidates
+    # would lose rivals by chance, and even a cross encoder that says nothing would seem to gain.
     ranked = dual_scores.masked_fill(dual_scores.isnan(), -torch.inf)  # NaN comes last
     best_texts = dual_scores >= ranked.topk(min(k, ranked.shape[1]), 1).values[:, -1:]
     best_images = dual_scores >= ranked.topk(min(k, ranked.shape[0]), 0).values[-1:]
@@ -894,7 +895,8 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     # All pairs at once would need much memory, so this goes in passes over images with like many
     # texts, which fill the table of `CrossAttention`. Each pass takes the texts in four blocks of
     # like length, trimmed to their longest: captions have about 15 tokens, but are padded to 30.
-    # In a block, an image has a quarter of its pairs; its own tokens count as 8 more (an estimate).
+    # In a block, an image has a quarter of its pairs; its own tokens need as much memory as about
+    # 8 pairs (an estimate).
     length = attention_mask.sum(1)
     blocks = length.argsort().chunk(4)
     pairs, order = shortlisted.sum(1).sort()
@@ -1314,8 +1316,8 @@ def parse_arguments(argv):
     defaults, trained, stored = {}, {}, {}
     for options in OPTIONS.values():
         defaults |= {name: default for name, (default, _, _) in options.items()}
-    # Training starts from backbones or a checkpoint; evaluation takes the options of the run that
-    # wrote the checkpoint. Only then is it known which preset applies.
+    # Evaluation takes the options of the run that wrote the checkpoint, among them its data. So the
+    # checkpoint is read before it is known which preset applies.
     data = given.get("data", ["toy"])
     folder = f"runs/{Path(data[0]).stem}"
     if training:
