@@ -152,8 +152,6 @@ def input_errors(problem):
     """For calls that use a user's file or ask a hub: what they raise becomes an InputError."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:  # damaged and foreign files raise many kinds
         raise InputError(f"{problem}: {type(error).__name__}: {error}") from error
 
@@ -225,7 +223,7 @@ def read_image(path):
     with input_errors(f"{path} cannot be read as an image"), Image.open(path) as image:
         image.load()
         with suppress(Exception):  # a good picture is not refused for its metadata
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # turns it before it rewrites these
         if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which `convert` would cut off at 255
             high = 65535 if image.mode[0] == "I" else image.getextrema()[1] or 1
             image = image.convert("F").point(lambda value: value * (255 / high) + 0)
@@ -696,11 +694,11 @@ def train(model, tokenizer, splits, args):
     optimizer = make_optimizer(model, args.lr, args.new_lr)
     state = {"trained": 0, "validated": 0, "best": -1.0}  # epochs; rsum of the best one on val
     if args.resume:
+        checkpoint = load_checkpoint(f"{args.output}/last.pt")
         with input_errors(f"{args.output}/last.pt is damaged, or of another version"):
-            checkpoint = load_checkpoint(f"{args.output}/last.pt")
             optimizer.load_state_dict(checkpoint["optimizer"])
             state = {name: checkpoint["state"][name] for name in state}
-            del checkpoint  # else the file stays mapped, and its disk taken, when it is replaced
+        del checkpoint  # else the file stays mapped, and its disk taken, when it is replaced
     parallel = model
     if args.processes > 1:
         states = [None] * args.processes

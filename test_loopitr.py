@@ -336,7 +336,8 @@ FLOATS.putpixel((3, 3), 255.0)
 
 
 @pytest.mark.parametrize("name, image, seen", [
-    ("a.odd", Image.new("RGB", (4, 4), RED), RED), ("a.png", Image.new("1", (4, 4), 1), WHITE),
+    ("a.odd", Image.new("RGB", (4, 4), RED), RED),
+    ("a.png", Image.new("1", (20_000, 10_000), 1), WHITE),  # 200 megapixels, which are no bomb
     ("a.png", PALETTE, RED), ("clear.png", PALETTE, WHITE), ("clear.gif", PALETTE, WHITE),
     ("a.png", Image.new("RGBA", (4, 4), (*RED, 51)), (228, 204, 204)),
     ("a.png", Image.new("LA", (4, 4), (100, 0)), WHITE),
@@ -350,12 +351,17 @@ def test_a_picture_of_any_mode_is_read_as_a_person_sees_it(tmp_path, name, image
     options = {"transparency": 0} if name.startswith("clear") else {}
     image.save(tmp_path / name, "BMP" if name == "a.odd" else None, **options)
     image = read_image(tmp_path / name)
-    assert image.mode == "RGB" and image.size == (4, 4)
+    assert image.mode == "RGB"
     assert image.getpixel((1, 1)) == pytest.approx(seen, abs=0 if seen == WHITE else 2)
 
 
+TURNED = b"\1\x12\0\3\0\0\0\1\0\6\0\0"  # EXIF's entry for a camera that was held upright
+
+
 @pytest.mark.parametrize("metadata, size", [
-    (b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6" + bytes(6), (20, 40)),
+    (b"Exif\0\0MM\0*\0\0\0\x08\0\1" + TURNED + bytes(4), (20, 40)),
+    (b"Exif\0\0MM\0*\0\0\0\x08\0\2" + TURNED + b"\1\x19\0\x08\0\0\0\1\xff\xff\xff\xff" + bytes(4),
+     (20, 40)),  # a number below zero, beside it, where none may be
     (b"Exif\0\0MM\0*", (40, 20)), (b"Exif\0\0XX*\0\x08\0\0\0", (40, 20))])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png"])
 def test_lying_photos_are_turned_if_their_metadata_can_be_read(tmp_path, name, metadata, size):
@@ -408,6 +414,18 @@ def test_captions_are_tokenized_as_albefs(tmp_path):
         assert attended == [1] * len(words) + [0] * (30 - len(words))
         assert [vocabulary[number] for number in row[:len(words)]] == words
     assert vocabulary.index("b") in ids[5]  # what is no text costs one character
+
+
+def test_what_is_lost_of_captions_is_counted_and_unknown_words_are_refused(tmp_path, capsys):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    loopitr.check_texts(tokenizer, {"a.jpg": ["word1 word2", "word3 strange"],
+                                    "b.jpg": ["word1 word2", "word4 " * 40]})
+    assert re.search(r" 3\.0% .*unknown; of 3 captions 33\.3% reach 30 .* 1 belong to several",
+                     capsys.readouterr().out)  # of 2 + 2 + 29 tokens, 1 is unknown
+    for captions in (["strange", "word1"], ["..."]):
+        with pytest.raises(InputError, match="unknown"):
+            loopitr.check_texts(tokenizer, {"a.jpg": captions})
 
 
 def test_batches_hold_captions_with_images_that_follow_the_seed_of_epoch_and_batch(toy):
@@ -822,6 +840,8 @@ def test_training_writes_checkpoints_log_picture_and_table(trained):
     assert head["options"].items() >= {"batch_size": 16, "lr": 1e-3, "data": ["toy"]}.items()
     assert head["device"] and (head["processes"], head["torch"], head["transformers"]) == (
         1, torch.__version__, transformers.__version__)
+    assert "80 captions of 40 images; 2 epochs of 5 steps, 0 are trained" in stdout
+    assert "So few steps" in stdout
     # The test split is touched once, at the end.
     lines = log_of(output, "split")
     assert [(line["split"], line["epoch"]) for line in lines] == [
@@ -1543,26 +1563,46 @@ def test_errors_of_the_command_line(here, trained, tmp_path, capsys, monkeypatch
             # What is cheap to check is checked first: these models are not there, either.
             [["--train", "--data", tmp_path / "rows.csv", "--text-model", "none"], "rows.csv",
              "README"], [[*train, *broken], "broken.png", "cannot be read"],
-            [command(tmp_path / "file"), "file"]):
+            [command(tmp_path / "file"), "file"], [[*train, "--device", "nowhere"], "nowhere"],
+            [["--search", "a ring", "--checkpoint", run / "best.pt", "--data", "data", "elsewhere"],
+             "data cannot be read"]):
         fails(capsys, arguments, *messages)
     with pytest.raises(SystemExit, match="2"):
         call()
+    with monkeypatch.context() as patch:  # a reader such as `head` that left
+        gone = mock.Mock(**{"flush.side_effect": BrokenPipeError(32, "Broken pipe")})
+        patch.setattr(loopitr, "sys", SimpleNamespace(stdout=gone, stderr=sys.stderr))
+        fails(capsys, [*evaluate, run / "best.pt"], "Broken pipe")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call(*evaluate, run / "best.pt") == 0  # without RANK it counts for nothing
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("RANK", "0")  # and the launcher's other variables are not there
     fails(capsys, train, "RANK")
 
 
-@pytest.mark.parametrize("arguments, message", [(["--train", "--device", "nowhere"], "nowhere"),
-    (["--search", "a ring", "--data", "data", "elsewhere"], "data cannot be read")])
-def test_devices_and_folders_that_are_not_taken_are_one_line(here, trained, tmp_path, capsys,
-                                                             arguments, message):
-    more = ["--checkpoint", trained[0] / "best.pt"] if "--search" in arguments else []
-    fails(capsys, [*arguments, *more, "--output", tmp_path / "out"], message)
+def test_a_loader_process_that_is_killed_ends_the_run(here, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loopitr, "read_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(loopitr, "DataLoader", partial(
+        loopitr.DataLoader, multiprocessing_context="fork"))  # which takes the line above along
+    fails(capsys, [*command(tmp_path), "--workers", 1], "DataLoader worker")
+
+
+def test_what_a_terminal_lacks_is_printed_in_other_characters(trained, tmp_path):
+    """That of `child` knows ASCII alone; names and words may be in no encoding at all."""
+    (tmp_path / "photos").mkdir()
+    photo_of(48, 48).save(tmp_path / "photos" / "\udce4 \xe4.png")
+    found = start(["--search", "a k\udcff", "--data", tmp_path / "photos", "--checkpoint",
+                   trained[0] / "best.pt"], tmp_path, tmp_path / "printed")
+    status, stdout, stderr = finish(found, tmp_path / "printed")
+    assert status == 0, stderr
+    assert "\\udce4 \\xe4.png" in stdout and "k\\udcff: unknown" in stdout
 
 
 def test_a_run_with_other_options_is_refused_and_left_as_it_is(here, trained, capsys, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained[0], run)
+    assert call(*command(run)) == 0 and "is finished" in capsys.readouterr().out
     before = bytes_in(run)
     for option, old in (("--lr=0.5", "--lr 0.001"), ("--epochs=3", "--epochs 2"),
                         ("--seed=1", "--seed 0"), ("--data=x.json", "--data toy"),
