@@ -894,15 +894,15 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     # texts, which fill the table of `CrossAttention`. Each pass takes the texts in four blocks of
     # like length, trimmed to their longest: captions have about 15 tokens, but are padded to 30.
     # In a block, an image has a quarter of its pairs; its own tokens need as much memory as about
-    # 8 pairs (an estimate).
+    # 8 pairs (an estimate). An image that thousands of texts like takes more blocks.
     length = attention_mask.sum(1)
-    blocks = length.argsort().chunk(4)
     pairs, order = shortlisted.sum(1).sort()
     number = (pairs / 4 + 8).cumsum(0) // pairs_per_pass  # of each image's pass: 0, 0, .., 1, 1, ..
     sizes = number.unique_consecutive(return_counts=True)[1].tolist()
     for images in tqdm(order.split(sizes), "re-ranking", leave=False, disable=None):
         tokens = image_tokens[images.to(image_tokens.device)].to(model.device)
-        for block in blocks:
+        blocks = max(4, int(shortlisted[images].sum()) // pairs_per_pass)
+        for block in length.argsort().chunk(blocks):
             longest = int(length[block].max())
             part = images[:, None], block  # of the matrices (I,T)
             if shortlisted[part].any():
@@ -1147,6 +1147,8 @@ def load_checkpoint(path):
         raise InputError(f"there is no checkpoint {path}")
     try:  # mmap: only what is used is read from the disk
         content = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if "model" not in content:  # the fine-tuned files that ALBEF's authors publish
+            content = {"model": content}
         content["model"].keys()
     except Exception:  # torch's own advice would be to unpickle whatever the file holds
         raise InputError(f"{path} is damaged, or no checkpoint of loopitr.py or ALBEF; if it was "

@@ -810,8 +810,7 @@ def test_training_writes_checkpoints_log_picture_and_table(trained):
     assert head["options"].items() >= {"batch_size": 16, "lr": 1e-3, "data": ["toy"]}.items()
     assert head["device"] and (head["processes"], head["torch"], head["transformers"]) == (
         1, torch.__version__, transformers.__version__)
-    assert "80 captions of 40 images; 2 epochs of 5 steps, 0 are trained" in stdout
-    assert "So few steps" in stdout
+    assert re.search("80 captions of 40 images; 2 epochs of 5 steps, 0 .*\nSo few", stdout)
     # The test split is touched once, at the end.
     lines = log_of(output, "split")
     assert [(line["split"], line["epoch"]) for line in lines] == [
@@ -1004,7 +1003,7 @@ def test_more_images_than_one_batch_keep_their_order(tmp_path):
 
 
 @pytest.mark.parametrize("k", [1, 2, 100])
-@pytest.mark.parametrize("dual_weight, pairs_per_pass", [(0, 1000), (2, 3)])
+@pytest.mark.parametrize("dual_weight, pairs_per_pass", [(0, 1000), (2, 1)])
 @pytest.mark.parametrize("kind", ["plain", "hubs", "NaN"])
 def test_rerank_equals_scoring_every_pair_one_by_one(kind, dual_weight, pairs_per_pass, k):
     """Each query's own shortlist, the candidates that tie with its k-th included."""
@@ -1018,10 +1017,11 @@ def test_rerank_equals_scoring_every_pair_one_by_one(kind, dual_weight, pairs_pe
         dual[:, 8] += 2
     if kind == "NaN":
         dual[:, 7] = dual[1, 3] = math.nan
-    before = dual.clone()
+    before, model.match = dual.clone(), mock.Mock(wraps=model.match)
     matrices = rerank(model.train(), image_tokens, text_tokens, mask, dual, k, dual_weight,
                       pairs_per_pass=pairs_per_pass)  # dropout is switched off
     assert torch.equal(dual.nan_to_num(9), before.nan_to_num(9))  # the caller's scores stay
+    assert all(one.args[3].sum() <= 2 * pairs_per_pass for one in model.match.call_args_list)
     with torch.no_grad():
         match = slow_match(model, image_tokens, text_tokens, mask, torch.ones(6, 11)).view(6, 11)
     for matrix, match, dual in ((matrices[0], match, dual), (matrices[1].T, match.T, dual.T)):
@@ -1092,7 +1092,6 @@ def test_evaluation_ranks_by_match_and_dual_logits_and_draws_that(here, trained,
     args = SimpleNamespace(rerank=4, dual_weight=1.5, workers=0, output=str(tmp_path), rank=0,
                            device="cpu")
     result = loopitr.evaluate(model, tokenizer, captions_of, args, "val", 3)
-
     right = torch.tensor(numbers) == torch.arange(9)[:, None]
     orders = {}
     for name, k, scale in (("dual", 0, 1), ("cross", 4, 1), ("wrong", 4, 0.1)):  # wrong: cosines
@@ -1405,7 +1404,8 @@ def albef_backbones(tmp_path):
 def test_albef_gives_the_same_embeddings_and_match_logits_here(
         server, tmp_path, albef_backbones, prefix, size, kind, file):
     state = {name: tensor.to(kind) for name, tensor in albef_checkpoint(prefix).items()}
-    torch.save({"model": state, "epoch": 3}, tmp_path / file)
+    # The fine-tuned files that are published hold the weights alone.
+    torch.save(state if file == "flickr30k.pth" else {"model": state, "epoch": 3}, tmp_path / file)
     server.files[file] = (tmp_path / file).read_bytes()
     for _ in range(2):
         model, tokenizer = loopitr.load_model(tmp_path / "data" / file, "cpu", False, size,
