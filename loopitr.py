@@ -24,7 +24,7 @@ The function `loop_losses` is one turn of the loop:
 
     python loopitr.py --train                                   # toy scenes, minutes on a laptop
     python loopitr.py --data flickr30k --train                  # full size, on a GPU
-    python loopitr.py --search "a red circle above a blue square"
+    python loopitr.py --search "a small blue circle right of a small red ring"
 
 ALBEF (https://arxiv.org/abs/2107.07651) has steps 1 to 3, with one negative for each query.
 LoopITR draws m of them and adds step 4, which closes the loop. The recipe here is ALBEF's, without
@@ -56,6 +56,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -142,19 +143,6 @@ TRAINED_START = dict(random_first=0.0, distill_from=0.0, new_lr=1e-5)
 
 
 # -------------------------------------------------------------------------------------- Data loader
-
-class InputError(Exception):
-    """Something that the user can fix; any function may raise it, `run` prints it as one line."""
-
-
-@contextmanager
-def input_errors(problem):
-    """For calls that use a user's file or ask a hub: what they raise becomes an InputError."""
-    try:
-        yield
-    except Exception as error:  # damaged and foreign files raise many kinds
-        raise InputError(f"{problem}: {type(error).__name__}: {error}") from error
-
 
 SPLITS = {"train": "train", "restval": "train",  # restval: the rest of COCO's val (Karpathy)
           "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -256,13 +244,6 @@ def image_loader(items, batch_size, collate, image_size, workers, **options):
                       worker_init_fn=stop_at_sigterm, **options)
 
 
-def stop_at_sigterm(worker=None):
-    """SIGTERM ends a process as Ctrl-C does; a loader's process then just leaves."""
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
-    signal.signal(signal.SIGTERM, stop)
-
-
 def tokenize(tokenizer, captions):
     """Captions, cleaned as ALBEF's are -> input_ids (T,L), attention_mask (T,L), L at most 30."""
     marks = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")  # two become blanks, the others vanish
@@ -290,23 +271,6 @@ def make_batch(pairs, transform, tokenizer, epoch_seed):
         torch.default_generator.manual_seed(hash((int(epoch_seed), *numbers)))
         pixels, errors = load_images(paths, transform)
     return [pixels, *tokenize(tokenizer, captions), torch.tensor(numbers)], errors
-
-
-def check_texts(tokenizer, captions_of):
-    """Say what is lost of {image path: captions}; refuse them if most words are unknown."""
-    images_with = Counter()  # caption -> number of images that have it
-    for captions in captions_of.values():
-        images_with.update(set(captions))
-    sample = list(images_with)[::len(images_with) // 10_000 + 1]
-    input_ids, mask = tokenize(tokenizer, sample)
-    tokens = int(mask.sum()) - len(sample)  # without [CLS]
-    unknown = int((input_ids[mask.bool()] == tokenizer.unk_token_id).sum())
-    if tokens <= 2 * unknown:
-        raise InputError(f"{unknown} of {tokens} tokens of the captions are unknown to this model")
-    cut = (mask.sum(1) == 30).float().mean()
-    shared = sum(images > 1 for images in images_with.values())
-    print(f"texts: {unknown / tokens:.1%} of tokens are unknown; of {len(images_with):,} captions "
-          f"{cut:.1%} reach 30 tokens, where they are cut, {shared:,} belong to several images")
 
 
 # -------------------------------------------------------------------------------------------- Model
@@ -503,10 +467,11 @@ class LoopITR(nn.Module):
 def sample_hard_negatives(similarity, is_positive, num_negatives, strategy="softmax"):
     """For each query, choose num_negatives different candidates that are not positives.
 
-    similarity (Q,C): dual logits; is_positive (Q,C): bool -> indices (Q,m), without gradient.
-    strategy: "softmax" draws without replacement from the softmax over the negatives (ALBEF),
-    "topk" takes the hardest, "random" any. When a query has too few negatives (one image in the
-    batch: none), all queries get fewer, and none ever gets a positive."""
+    similarity (Q,C): dual logits, which are divided by the learned temperature; is_positive (Q,C):
+    bool -> indices (Q,m), without gradient. strategy: "softmax" draws without replacement from the
+    softmax over the negatives (ALBEF), "topk" takes the hardest, "random" any. To draw spares some
+    of the negatives that are right, but not marked so. When a query has too few negatives (one
+    image in the batch: none), all queries get fewer, and none ever gets a positive."""
     # Gumbel noise is minus the log of an exponential variable. The m largest of logits plus Gumbel
     # noise are an exact draw of m without replacement from the softmax of the logits. ALBEF's
     # torch.multinomial needs probabilities, which underflow at low temperatures.
@@ -550,11 +515,9 @@ def distillation_loss(student, teacher, objective="mse", temperature=0.5):
     student, teacher (Q,1+m): dual and match logits, the positive in column 0 -> scalar, mean over
     queries (mse, margin: and over candidates). The teacher's logits are divided by `temperature`.
     objective: kl, mse, margin, label or none: our choices, as the defaults, which training uses."""
-    # Let p be how probable a pair is, and q how often the dual encoder draws it as a negative. Then
-    # match logits tend to log(p / q) and dual logits to log q (see `rerank`): what the model
-    # believes of a pair is their sum. We still let the dual logits approach the match logits alone,
-    # with a small weight (0.05 in training): a pull in the right direction, not a value to reach.
-    # The sum as a target was tried and was no better.
+    # What the model believes of a pair is the sum of both logits (`rerank` says why), so the sum
+    # would be the natural target. We distil the match logits alone, with a small weight (0.05 in
+    # training): a hint, not a value to reach. The sum as a target was tried and was no better.
     teacher = teacher.detach() / temperature  # detached: the student must not teach its teacher
     if objective == "none" or student.shape[1] == 1:  # without negatives there is nothing to learn
         return student.new_zeros(())
@@ -581,7 +544,9 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     how often a positive beats its m negatives, by dual and by match logits (dual_recall,
     cross_recall), and the temperature.
 
-    batch of this process: pixels (B,3,H,W), input_ids, attention_mask (B,L), image_ids (B,)"""
+    batch of this process: pixels (B,3,H,W), input_ids, attention_mask (B,L), image_ids (B,).
+    Contrastive trains the dual encoder and the temperature; matching the cross encoder and, through
+    their tokens, both encoders; distillation the dual encoder alone."""
     pixels, input_ids, attention_mask, image_ids = batch
     image_tokens, image_embedding = model.encode_image(pixels)
     text_tokens, text_embedding = model.encode_text(input_ids, attention_mask)
@@ -594,7 +559,8 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     contrastive = contrastive_loss(logits, all_ids[:, None] == all_ids)
 
     # 2. Dual -> cross: the dual logits of this process choose m hard texts for each image and m
-    # hard images for each text. A query's candidates are its own partner, in front, and these.
+    # hard images for each text. A query's candidates are its own partner, in front, and these, but
+    # not what else is right, such as other captions of its image.
     # The temperature is detached, since distillation would set off a runaway: it would lower the
     # temperature until the dual logits spread as widely as the teacher's; a lower temperature draws
     # harder negatives; and to tell these apart, the teacher would spread its logits even further.
@@ -606,8 +572,9 @@ def loop_losses(model, batch, negatives=1, sampling="softmax", objective="mse",
     texts = torch.cat([own, hard_texts], dim=1)  # (B,1+m): each image's candidates
     images = torch.cat([own, hard_images], dim=1)  # (B,1+m): each text's candidates
 
-    # 3. One pass of the cross encoder over all pairs of a query and a candidate. The loss counts a
-    # pair as often as it was drawn (ALBEF): B own pairs, B * m hard texts, B * m hard images.
+    # 3. One pass of the cross encoder over all pairs of a query and a candidate: texts are marked
+    # in the rows of `wanted`, images in its columns. The loss counts a pair as often as it was
+    # drawn (ALBEF): B own pairs, B * m hard texts, B * m hard images.
     empty = torch.zeros_like(is_positive)
     wanted = empty.scatter(1, texts, True) | empty.scatter(1, images, True).T  # (B,B)
     match_logits = model.match(image_tokens, text_tokens, attention_mask, wanted)  # (B,B)
@@ -685,7 +652,8 @@ def training_loader(tokenizer, captions_of, epoch_seed, args):
 
 def train(model, tokenizer, splits, args):
     """Train, and keep two checkpoints in --output: best.pt is the best epoch on val, with which the
-    model ends, last.pt the one to go on from. For args, see `parse_arguments`."""
+    model ends, last.pt the one to go on from. Beside the options, args has rank and processes, the
+    options to store in a checkpoint (recipe), and resume (see `parse_arguments`)."""
     model.image_encoder.requires_grad_(not args.freeze_image)
     if args.grad_checkpointing:
         model.recompute_activations()
@@ -720,7 +688,7 @@ def train(model, tokenizer, splits, args):
             state["trained"] += 1
             save(args, "last.pt", model, state=state, optimizer=optimizer.state_dict())
         if args.rank == 0:  # the others go on, and wait for it in their next step
-            result = evaluate(model, tokenizer, splits["val"], args, "val", epoch)
+            result = evaluate(model, tokenizer, splits["val"], args, "val", epoch + 1)
             judge = "cross" if args.matching_weight else "dual"  # the cross encoder, if trained
             if result[judge]["rsum"] > state["best"]:
                 state["best"] = result[judge]["rsum"]
@@ -783,7 +751,8 @@ def train_epoch(model, loader, optimizer, epoch, args):
         waited = time.monotonic() - last_line  # seconds
         if args.rank == 0 and ((step + 1) % log_every == 0 or waited > 30):
             line = {name: round(value.item(), 5) for name, value in losses.items()}
-            write_log(args, step=step + 1, epoch=epoch, loss=loss.item(), **line, lr_factor=factor)
+            write_log(args, step=step + 1, epoch=epoch + 1, loss=loss.item(), **line,
+                      lr_factor=factor)
             text = (f"loss {loss.item():.2f}, ITC {line['contrastive']:.2f}, "
                     f"ITM {line['matching']:.2f}, distill {line['distillation']:.2f}")
             bar.set_postfix_str(text)
@@ -1083,6 +1052,22 @@ def draw_scene(rng):
     return canvas, rng.sample(sorted(captions), 2)
 
 
+def check_texts(tokenizer, captions_of):
+    """Say what is lost of {image path: captions}; refuse them if most words are unknown."""
+    # caption -> number of images that have it
+    images_with = Counter(chain.from_iterable(map(set, captions_of.values())))
+    sample = list(images_with)[::len(images_with) // 10_000 + 1]
+    input_ids, mask = tokenize(tokenizer, sample)
+    tokens = int(mask.sum()) - len(sample)  # without [CLS]
+    unknown = int((input_ids[mask.bool()] == tokenizer.unk_token_id).sum())
+    if tokens <= 2 * unknown:
+        raise InputError(f"{unknown} of {tokens} tokens of the captions are unknown to this model")
+    cut = (mask.sum(1) == 30).float().mean()
+    shared = sum(images > 1 for images in images_with.values())
+    print(f"texts: {unknown / tokens:.1%} of tokens are unknown; of {len(images_with):,} captions "
+          f"{cut:.1%} reach 30 tokens, where they are cut, {shared:,} belong to several images")
+
+
 # --------------------------------------------------------------------------------- Starting weights
 
 ALBEF = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF"
@@ -1255,6 +1240,19 @@ def draw_retrieval(path, images, texts, image_of_text, dual_logits, scores, coun
 
 # --------------------------------------------------------------------------------------------- Main
 
+class InputError(Exception):
+    """Something that the user can fix; any function may raise it, `run` prints it as one line."""
+
+
+@contextmanager
+def input_errors(problem):
+    """For calls that use a user's file or ask a hub: what they raise becomes an InputError."""
+    try:
+        yield
+    except Exception as error:  # damaged and foreign files raise many kinds
+        raise InputError(f"{problem}: {type(error).__name__}: {error}") from error
+
+
 def typed(options):
     """{"new_lr": 0.1, "augment": False} -> "--new-lr 0.1 --no-augment", as a user types it"""
     words = []
@@ -1370,6 +1368,13 @@ def is_resumed(output, training, recipe, preset):
     return True
 
 
+def stop_at_sigterm(worker=None):
+    """SIGTERM ends a process as Ctrl-C does; a loader's process then just leaves."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGTERM, stop)
+
+
 def main(argv=None):
     """Settings, data, model; then training, evaluation or search."""
     # One process of each machine draws and downloads what the others then find.
@@ -1419,7 +1424,7 @@ def run(argv=None):
         print("loopitr:", message[:500], file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("loopitr: stopped; the same command goes on after the last epoch that was saved",
+        print("loopitr: stopped; if an epoch was saved, the same command goes on after it",
               file=sys.stderr)
         return 143 if stop.args else 130  # `stop_at_sigterm` gives an argument, Ctrl-C none
 

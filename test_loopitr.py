@@ -788,7 +788,7 @@ def test_rate_weights_and_sampling_follow_the_progress_of_training(tmp_path, bat
         weight = 0.5 * (step - 1 >= 0.4 * total)
         loss = line["contrastive"] + 3 * line["matching"] + weight * line["distillation"]
         assert line["loss"] == pytest.approx(loss, abs=5e-5)
-        assert (line["step"], line["epoch"]) == (step, (step - 1) // batches)
+        assert (line["step"], line["epoch"]) == (step, 1 + (step - 1) // batches)
 
 
 def test_gradients_are_clipped_and_what_cannot_be_trained_on_stops_the_run(tmp_path):
@@ -814,7 +814,7 @@ def test_training_writes_checkpoints_log_picture_and_table(trained):
     # The test split is touched once, at the end.
     lines = log_of(output, "split")
     assert [(line["split"], line["epoch"]) for line in lines] == [
-        ("val", 0), ("val", 1), ("test", None)]
+        ("val", 1), ("val", 2), ("test", None)]
     for name, row in zip(("dual", "cross"), table_of(stdout)):
         logged = list(lines[2][name].values())[:7]
         assert row[0] == name and list(map(float, row[2:])) == pytest.approx(logged, abs=0.06)
@@ -928,7 +928,7 @@ def test_signals_to_all_processes_end_with_one_line_and_whole_files(toy, tmp_pat
     process = start(command(tmp_path / "run", "--epochs", 99, "--batch-size", 4, "--workers", 1),
                     toy, tmp_path / "printed")
     log, deadline = tmp_path / "run" / "log.jsonl", time.time() + 60
-    while not (log.exists() and '"epoch": 1' in log.read_text()) and time.time() < deadline:
+    while not (log.exists() and '"epoch": 2' in log.read_text()) and time.time() < deadline:
         time.sleep(0.05)  # until it trains its second epoch
     os.killpg(process.pid, number)
     status, _, stderr = finish(process, tmp_path / "printed")
