@@ -941,7 +941,7 @@ def load_splits(args):
         images = splits[split]
         if not images:
             raise InputError(f"{', '.join(map(str, files))}: there are no captions for {split}")
-        advice = "is --images the folder where their paths start?"
+        advice = "do their paths start in --images, and is their upper and lower case right?"
         if name in CAPTIONS:  # only what the captions name: to test on COCO, val2014 alone
             for folder in PHOTOS.keys() & {Path(image).parent.name for image in images}:
                 fetch(f"{PHOTOS[folder]}/{folder}.zip", args.images)
@@ -1216,12 +1216,13 @@ def search(model, tokenizer, paths, args):
 
 
 def draw_retrieval(path, images, texts, image_of_text, dual_logits, scores, count=6, cell=104):
-    """Draw the five best images by the dual encoder (left) and re-ranked (right), for the only text
-    or for some whose best image changed. The right image, if it is known, is framed.
+    """Draw the five best images by the dual encoder (left) and re-ranked (right), for some texts
+    whose best image changed, or for any if none did. The right image, if it is known, is framed.
 
     images: I paths; texts: T captions; dual_logits, scores (I,T)"""
     changed = (dual_logits.argmax(0).cpu() != scores.argmax(0)).nonzero().flatten().tolist()
-    shown = [0] if len(texts) == 1 else changed[::max(1, len(changed) // count)][:count]
+    candidates = changed or list(range(len(texts)))
+    shown = candidates[::max(1, len(candidates) // count)][:count]
     canvas = Image.new("RGB", (10 * cell + 40, 32 + len(shown) * (cell + 30)), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((8, 6), "left: by the dual encoder; right: re-ranked", "black", font_size=16)
@@ -1329,6 +1330,10 @@ def parse_arguments(argv):
         init = (defaults | preset | given)["init"]
         start = {"backbones": None, "scratch": None, "albef": "data/ALBEF_4M.pth"}.get(init, init)
         trained = TRAINED_START if start else {}
+        if start and os.path.isfile(start):  # a run of ours knows its image size and backbones
+            known = load_checkpoint(start).get("options", {})
+            trained = trained | {name: known[name] for name in known
+                                 if name in ("image_size", "image_model", "text_model")}
     elif stored.get("data") != data:  # other captions, other photos
         stored = stored | {"images": preset.get("images")}
     options = defaults | trained | preset | stored | given  # later ones win

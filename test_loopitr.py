@@ -862,7 +862,6 @@ def test_the_best_epoch_on_val_is_kept_when_resumed(here, tmp_path, monkeypatch,
     def evaluate(model, tokenizer, captions_of, *_):
         seen.append((len(captions_of), model.log_temperature.item()))
         return {"dual": {"rsum": next(dual)}, "cross": {"rsum": next(cross)}}
-
     monkeypatch.setattr(loopitr, "evaluate", evaluate)
     train = command(tmp_path, "--epochs", 3, "--matching-weight", weight, "--distill", "none",
                     "--batch-size", 40)
@@ -887,7 +886,6 @@ def test_seeds_differ_by_run_epoch_and_process_and_a_smaller_last_batch_is_dropp
         assert model.training and len(batch[1]) == 4
         seen.append((batch[1].tolist(), batch[0].flatten().tolist(), torch.rand(4).tolist()))
         return real(model, batch, **options)
-
     monkeypatch.setattr(loopitr, "loop_losses", record)
     monkeypatch.setattr(loopitr, "evaluate", lambda *_: {"cross": {"rsum": 1.0}})
     # One process after the other, so there is nothing to share gradients with.
@@ -920,6 +918,8 @@ def test_own_captions_know_their_photos_and_a_run_starts_from_another(here, tmp_
     known = ["--evaluate", "--checkpoint", str(tmp_path / "run" / "best.pt")]
     assert call(*known) == 0
     assert loopitr.parse_arguments(known).workers == min(8, os.cpu_count())  # nothing of toy's
+    args = loopitr.parse_arguments(["--train", "--data", "x.json", "--init", known[2]])
+    assert args.image_size == 48 and args.image_model == "data/toy/image-model"  # what it has
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -946,7 +946,6 @@ def test_a_broken_save_leaves_the_earlier_checkpoint(here, tmp_path, monkeypatch
             raise error
         real(content, path)
         whole.append(Path(path).read_bytes())
-
     monkeypatch.setattr(torch, "save", half)
     monkeypatch.setattr(loopitr, "evaluate", lambda *_: {"cross": {"rsum": -2.0}})
     assert call(*command(tmp_path)) == code  # the first epoch is saved after training, and then
@@ -1130,6 +1129,7 @@ def test_evaluation_takes_best_and_other_captions_bring_their_own_photos(
         assert call(*known, "--dual-weight", weight, "--output", "out") == 0
         dual, cross = table_of(capsys.readouterr().out)
         assert (dual[2:] == cross[2:]) == equal
+        assert Image.open("out/retrieval.png").height > 32  # though no best image changed
 
 
 # --------------------------------------------------------------------------------------- Data sets
