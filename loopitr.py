@@ -865,13 +865,14 @@ def rerank(model, image_tokens, text_tokens, attention_mask, dual_scores, k, dua
     # In a block, an image has a quarter of its pairs; its own tokens need as much memory as about
     # 8 pairs (an estimate). An image that thousands of texts like takes more blocks.
     length = attention_mask.sum(1)
+    by_length = length.argsort()
     pairs, order = shortlisted.sum(1).sort()
     number = (pairs / 4 + 8).cumsum(0) // pairs_per_pass  # of each image's pass: 0, 0, .., 1, 1, ..
     sizes = number.unique_consecutive(return_counts=True)[1].tolist()
-    for images in tqdm(order.split(sizes), "re-ranking", leave=False, disable=None):
+    passes = list(zip(order.split(sizes), pairs.split(sizes)))
+    for images, counts in tqdm(passes, "re-ranking", leave=False, disable=None):
         tokens = image_tokens[images.to(image_tokens.device)].to(model.device)
-        blocks = max(4, int(shortlisted[images].sum()) // pairs_per_pass)
-        for block in length.argsort().chunk(blocks):
+        for block in by_length.chunk(max(4, int(counts.sum()) // pairs_per_pass)):
             longest = int(length[block].max())
             part = images[:, None], block  # of the matrices (I,T)
             if shortlisted[part].any():
